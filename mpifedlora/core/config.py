@@ -10,8 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST_INT = 2**31 - 1
+"""Largest whole number of every key but `seed`: it fits the message header and MPI's counts."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -20,9 +23,12 @@ RankSchedule = Literal["constant", "linear", "cosine", "cubic", "exponential", "
 
 
 class Section(BaseModel):
-    """A table of the run file: unknown keys are errors, values are fixed once checked."""
+    """A table of the run file: unknown keys are errors, values are fixed once checked.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    Strict, so that `true` is no number and `"3"` is no whole number; a whole number still does as a float.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelConfig(Section):
@@ -75,13 +81,11 @@ class DataConfig(Section):
     alpha: Positive = Field(
         0.5, description="Concentration of the Dirichlet partition; smaller is less alike."
     )
-    shards_per_client: PositiveInt = Field(
-        2, description="Label-sorted shards a client gets under `shards`."
-    )
+    shards_per_client: PositiveInt = Field(2, description="Label-sorted shards a client gets under `shards`.")
     partition_column: str | None = Field(
         None, description="Column that names each example's owner under `column`."
     )
-    max_length: int = Field(128, ge=2, description="Tokens a text is cut to.")
+    max_length: int = Field(128, ge=2, le=LARGEST_INT, description="Tokens a text is cut to.")
     max_examples: PositiveInt | None = Field(
         None, description="At most so many training examples are used (drawn from the seed)."
     )

@@ -1,0 +1,1 @@
+"""Algorithms and protocol: pure functions and values."""

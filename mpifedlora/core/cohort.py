@@ -1,0 +1,51 @@
+"""Who trains in a round, and on which worker: pure in (seed, round_num)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+from mpifedlora.core.seeding import numpy_generator
+
+
+def choose_cohort(
+    eligible: Sequence[int], cohort_size: int | None, seed: int, round_num: int
+) -> tuple[int, ...]:
+    """Draw the clients of one round, without doubles, in rising order.
+
+    Args:
+        eligible: ids of the clients that have examples.
+        cohort_size: clients to draw; None, or more than there are, takes all.
+        seed: of the run.
+        round_num: 1..num_rounds.
+    """
+    if cohort_size is None or cohort_size >= len(eligible):
+        return tuple(sorted(eligible))
+    drawn = numpy_generator(seed, "cohort", round_num).choice(eligible, cohort_size, replace=False)
+    return tuple(sorted(int(client_id) for client_id in drawn))
+
+
+def assign_clients(cohort: Sequence[int], load: Mapping[int, int], num_workers: int) -> dict[int, int]:
+    """Spread clients over workers by load: the longest first, each to the least loaded worker.
+
+    Args:
+        cohort: ids of the clients of the round.
+        load: examples that each client trains on in a round.
+        num_workers: at least 1.
+
+    Returns:
+        worker_id of each client. The longest worker has at most 4/3 of the best possible load.
+
+    References:
+        Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969), LPT rule.
+
+    >>> assign_clients([0, 1, 2], {0: 5, 1: 3, 2: 3}, 2)
+    {0: 0, 1: 1, 2: 1}
+    """
+    loads = [(0, 0, worker_id) for worker_id in range(num_workers)]
+    workers: dict[int, int] = {}
+    for client_id in sorted(cohort, key=lambda client_id: (-load[client_id], client_id)):
+        done, count, worker_id = heapq.heappop(loads)
+        heapq.heappush(loads, (done + load[client_id], count + 1, worker_id))
+        workers[client_id] = worker_id
+    return workers

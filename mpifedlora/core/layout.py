@@ -1,0 +1,152 @@
+"""Where every exchanged tensor lies in one contiguous flat buffer.
+
+A message is not packed: the tensors of the model *are* views into the buffer that is sent. After a
+cut there is a new, smaller layout and a new, smaller buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mpifedlora.errors import AdapterError
+
+
+class LinearShape(NamedTuple):
+    """A linear layer that carries an adapter: weight (out_features, in_features)."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+class TensorShape(NamedTuple):
+    """A tensor that is exchanged whole: the task head, or a weight of the base model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Factors(NamedTuple):
+    """One module's adapter: `a` (lora_rank, in_features), `b` (out_features, lora_rank)."""
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def lora_rank(self) -> int:
+        """Inner dimension of b @ a."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Offsets of A, B and whole tensors in a flat buffer: A_1 B_1 ... A_M B_M, then the whole ones.
+
+    Args:
+        modules: the adapted linear layers, in order.
+        lora_ranks: one rank a module, each 0 to min(in_features, out_features).
+        whole: tensors exchanged whole, after the factors.
+
+    Raises:
+        AdapterError: if the ranks do not fit the modules.
+
+    >>> layout = AdapterLayout((LinearShape("q", 3, 4),), (2,), (TensorShape("head", (5,)),))
+    >>> layout.num_values  # 2 * (3 + 4) + 5
+    19
+    """
+
+    modules: tuple[LinearShape, ...]
+    lora_ranks: tuple[int, ...]
+    whole: tuple[TensorShape, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.modules) != len(self.lora_ranks):
+            raise AdapterError(
+                f"a layout needs one rank a module, got {len(self.lora_ranks)} ranks for "
+                f"{len(self.modules)} modules; pass one for each"
+            )
+        for module, lora_rank in zip(self.modules, self.lora_ranks, strict=True):
+            largest = min(module.out_features, module.in_features)
+            if not 0 <= lora_rank <= largest:
+                raise AdapterError(
+                    f"the LoRA rank of {module.name} must be 0 to {largest}, got {lora_rank}; lower it"
+                )
+
+    @cached_property
+    def factor_values(self) -> int:
+        """Values in all A and B: the sum over modules of lora_rank * (in_features + out_features)."""
+        return sum(
+            lora_rank * (module.in_features + module.out_features)
+            for module, lora_rank in zip(self.modules, self.lora_ranks, strict=True)
+        )
+
+    @cached_property
+    def num_values(self) -> int:
+        """Values in the whole buffer."""
+        return self.factor_values + sum(math.prod(tensor.shape) for tensor in self.whole)
+
+    def with_ranks(self, lora_ranks: Sequence[int]) -> AdapterLayout:
+        """Return the layout of the same tensors at other ranks."""
+        return replace(self, lora_ranks=tuple(lora_ranks))
+
+    def factors(self, flat: Tensor) -> list[Factors]:
+        """Return views of each module's A and B.
+
+        Args:
+            flat: buffer (num_values,), any dtype and device.
+        """
+        views, offset = [], 0
+        for module, lora_rank in zip(self.modules, self.lora_ranks, strict=True):
+            middle = offset + lora_rank * module.in_features
+            end = middle + lora_rank * module.out_features
+            a = flat[offset:middle].view(lora_rank, module.in_features)
+            views.append(Factors(a, flat[middle:end].view(module.out_features, lora_rank)))
+            offset = end
+        return views
+
+    def whole_tensors(self, flat: Tensor) -> list[Tensor]:
+        """Return views of the tensors that are exchanged whole, in their shapes."""
+        sizes = [math.prod(tensor.shape) for tensor in self.whole]
+        pieces = self.whole_values(flat).split(sizes)
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.whole, strict=True)]
+
+    def whole_values(self, flat: Tensor) -> Tensor:
+        """Return the flat part of the buffer behind all factors."""
+        return flat[self.factor_values : self.num_values]
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What a base model looks like to the core.
+
+    Args:
+        modules: linear layers that carry an adapter.
+        head: tensors trained and exchanged beside the adapter (task head, modules to save).
+        body: every other weight of the base model.
+    """
+
+    modules: tuple[LinearShape, ...]
+    head: tuple[TensorShape, ...]
+    body: tuple[TensorShape, ...]
+
+    def adapter(self, lora_ranks: Sequence[int]) -> AdapterLayout:
+        """Layout of adapter and head, what is exchanged when the scope is `adapter`."""
+        return AdapterLayout(self.modules, tuple(lora_ranks), self.head)
+
+    def directions(self, lora_ranks: Sequence[int]) -> AdapterLayout:
+        """Layout of frozen directions alone."""
+        return AdapterLayout(self.modules, tuple(lora_ranks))
+
+    def full(self) -> AdapterLayout:
+        """Layout of every weight, what is exchanged when the scope is `full`."""
+        return AdapterLayout((), (), self.body + self.head)
+
+    def base(self) -> AdapterLayout:
+        """Layout of the weights without the head, sent once when the `full` stage has ended."""
+        return AdapterLayout((), (), self.body)

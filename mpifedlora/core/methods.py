@@ -1,0 +1,162 @@
+"""Named methods: presets of the run file's orthogonal switches.
+
+A preset's `settings` define the method and win over the run file; its `defaults` apply where the run
+file is silent. No method has code of its own: the round loop reads nothing but the switches.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpifedlora.errors import ConfigError
+
+Value = str | int | float
+Table = dict[str, Any]
+
+DEFAULT_METHOD = "sa-fedlora"
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset: what it is called, where it comes from, which switches it sets.
+
+    Keys of `settings` and `defaults` are dotted, as in `training.mu`.
+
+    >>> METHODS["fedit"].settings["aggregation.kind"]
+    'factors'
+    """
+
+    name: str
+    title: str
+    paper: str
+    settings: Mapping[str, Value] = field(default_factory=dict)
+    defaults: Mapping[str, Value] = field(default_factory=dict)
+
+
+_PRESETS = (
+    Method(
+        "sa-fedlora",
+        "Simulated annealing: LoRA with a falling rank, exact aggregation",
+        "arXiv 2405.09394 v1",
+        settings={"training.scope": "adapter", "aggregation.kind": "product", "training.mu": 0.0},
+    ),
+    Method(
+        "fedavg",
+        "Federated averaging of the whole model",
+        "arXiv 1602.05629",
+        settings={
+            "training.scope": "full",
+            "initiating.rounds": 0,
+            "annealing.schedule": "constant",
+            "training.mu": 0.0,
+        },
+    ),
+    Method(
+        "fedprox",
+        "Federated averaging of the whole model with a proximal term",
+        "arXiv 1812.06127",
+        settings={"training.scope": "full", "initiating.rounds": 0, "annealing.schedule": "constant"},
+        defaults={"training.mu": 0.01},
+    ),
+    Method(
+        "fedit",
+        "LoRA at a fixed rank, A and B averaged apart",
+        "arXiv 2305.05644",
+        settings={
+            "training.scope": "adapter",
+            "initiating.rounds": 0,
+            "annealing.schedule": "constant",
+            "aggregation.kind": "factors",
+            "training.mu": 0.0,
+        },
+    ),
+    Method("custom", "Every switch as the run file says", ""),
+)
+METHODS: Mapping[str, Method] = {method.name: method for method in _PRESETS}
+
+
+def find_method(name: str) -> Method:
+    """Return the preset of that name.
+
+    Args:
+        name: One of `METHODS`.
+
+    Returns:
+        The preset.
+
+    Raises:
+        ConfigError: No preset has that name; the message has the nearest one.
+
+    >>> find_method("fedavg").paper
+    'arXiv 1602.05629'
+    """
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name.lower(), METHODS, n=1)
+    remedy = f'did you mean "{near[0]}"?' if near else "see `mpifedlora methods`"
+    shown = ascii(name if len(name) <= 60 else name[:57] + "...")
+    raise ConfigError(f"federation.method must be one of {', '.join(METHODS)}, got {shown}; {remedy}")
+
+
+def apply_method(raw: Mapping[str, Any]) -> tuple[Table, tuple[str, ...]]:
+    """Put the chosen preset's switches into a run file's tables.
+
+    Tables or names of a wrong type are passed on as they are: the models report them.
+
+    Args:
+        raw: The run file as nested tables, `federation.method` included (`sa-fedlora` if it is silent).
+
+    Returns:
+        New nested tables, and the dotted keys that the file set to something else and that are
+        therefore ignored.
+
+    Raises:
+        ConfigError: Unknown method, or `fedprox` without its proximal term.
+
+    >>> tables, ignored = apply_method({"federation": {"method": "fedavg"}, "training": {"mu": 0.1}})
+    >>> tables["training"], ignored
+    ({'mu': 0.0, 'scope': 'full'}, ('training.mu',))
+    """
+    method = find_method(_chosen_name(raw))
+    _check_proximal_term(method, raw)
+    tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in raw.items()}
+    silent = {key: value for key, value in method.defaults.items() if _get(raw, key) is _ABSENT}
+    for key, value in {**method.settings, **silent}.items():
+        _put(tables, key, value)
+    return tables, tuple(
+        key for key, value in method.settings.items() if _get(raw, key) not in (_ABSENT, value)
+    )
+
+
+def _chosen_name(raw: Mapping[str, Any]) -> str:
+    name = _get(raw, "federation.method")
+    if name is _ABSENT:
+        return DEFAULT_METHOD
+    # A name that is no text is left to the models, and no preset may get in their way.
+    return name if isinstance(name, str) else "custom"
+
+
+def _check_proximal_term(method: Method, raw: Mapping[str, Any]) -> None:
+    mu = _get(raw, "training.mu")
+    if method.name == "fedprox" and mu == 0 and not isinstance(mu, bool):
+        raise ConfigError(
+            f"training.mu must be above 0 with method fedprox, got {mu}; without its proximal term "
+            'fedprox is fedavg: set training.mu, or federation.method = "fedavg"'
+        )
+
+
+def _get(raw: Mapping[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    table = raw.get(section, {})
+    return table.get(name, _ABSENT) if isinstance(table, Mapping) else _ABSENT
+
+
+def _put(tables: Table, key: str, value: Value) -> None:
+    section, _, name = key.partition(".")
+    table = tables.setdefault(section, {})
+    if isinstance(table, dict):
+        table[name] = value

@@ -1,0 +1,1 @@
+"""Where the floors meet: the server loop, the worker loop and what the terminal shows."""

@@ -1,0 +1,289 @@
+"""What the terminal shows of a run: a live bar and one lasting line per round, or plain lines.
+
+Under mpirun the output is usually no terminal: then every line is written at once, has no control
+characters, and keeps the words and single spaces that `grep` looks for.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+import rich.progress
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mpifedlora.io.results import Baselines, RoundRow
+
+RECENT_ROUNDS = 5
+_OUTPUT_FAILURES = (OSError, ValueError)  # ValueError: a closed stream
+
+
+def human_bytes(count: int) -> str:
+    """Write a number of bytes in decimal units.
+
+    >>> human_bytes(999), human_bytes(4_123_456), human_bytes(999_950)
+    ('999 B', '4.1 MB', '1.0 MB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.95:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} PB"
+
+
+def human_time(seconds: float) -> str:
+    """Write a duration in its two largest units; `?` where it is not known.
+
+    >>> human_time(7.4), human_time(80), human_time(7500), human_time(270_000), human_time(math.nan)
+    ('7s', '1m20s', '2h05m', '3d03h', '?')
+    """
+    if not math.isfinite(seconds):
+        return "?"
+    whole = max(0, round(seconds))
+    for large, small, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if whole >= large:
+            return f"{whole // large}{names[0]}{whole % large // small:02d}{names[1]}"
+    return f"{whole}s"
+
+
+def format_row(row: RoundRow, num_rounds: int, left_s: float) -> str:
+    """Write one round as one line, in columns.
+
+    Args:
+        row: the finished round; a number that is nan is shown as `-`, an accuracy as nothing.
+        num_rounds: rounds of the whole run.
+        left_s: estimated seconds until the run's end, nan where not known.
+    """
+    cells = (
+        (f"{_position(row.round_num, num_rounds)}  {row.stage}", 23),
+        (f"rank {_number(row.lora_rank_mean or math.nan, 1)}", 9),
+        (f"up {human_bytes(row.uplink_bytes)}", 11),
+        (f"down {human_bytes(row.downlink_bytes)}", 13),
+        (f"loss {_number(row.train_loss)}", 10),
+        ("" if math.isnan(row.eval_accuracy) else f"accuracy {_number(row.eval_accuracy)}", 14),
+        (f"left {human_time(left_s)}", 0),
+    )
+    return "  ".join(text.ljust(width) for text, width in cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What the final table shows.
+
+    Args:
+        final: the last round that was evaluated, if any was.
+        best: the round of the best accuracy, if any was evaluated.
+        uplink_bytes: sent by the clients in all rounds.
+        downlink_bytes: received by the clients in all rounds.
+        baselines: what the bytes compare with, if known.
+        wall_s: seconds that the run took.
+        files: what lies where, in the order to show.
+    """
+
+    final: RoundRow | None
+    best: RoundRow | None
+    uplink_bytes: int
+    downlink_bytes: int
+    baselines: Baselines | None
+    wall_s: float
+    files: Mapping[str, str]
+
+
+def summarise(
+    rows: Sequence[RoundRow], *, baselines: Baselines | None, wall_s: float, files: Mapping[str, str]
+) -> Summary:
+    """Sum a run up.
+
+    Args:
+        rows: all finished rounds, in order.
+        baselines: what the bytes compare with, if known.
+        wall_s: seconds that the run took.
+        files: name to path of what the run leaves behind.
+    """
+    evaluated = [row for row in rows if not math.isnan(row.eval_accuracy)]
+    return Summary(
+        final=evaluated[-1] if evaluated else None,
+        best=max(evaluated, key=lambda row: row.eval_accuracy, default=None),
+        uplink_bytes=sum(row.uplink_bytes for row in rows),
+        downlink_bytes=sum(row.downlink_bytes for row in rows),
+        baselines=baselines,
+        wall_s=wall_s,
+        files=files,
+    )
+
+
+class Progress:
+    """Show a run while it goes.
+
+    Output that fails (a terminal that is gone, a full disk behind a redirection) never ends a run.
+    As a context manager it closes itself.
+
+    Args:
+        num_rounds: rounds of the whole run.
+        console: where to show; standard output by default.
+    """
+
+    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
+        # isatty alone decides: FORCE_COLOR would make rich draw a live bar into a log file.
+        self._console = console or Console(force_terminal=sys.stdout.isatty())
+        self._num_rounds = num_rounds
+        self._recent_s: deque[float] = deque(maxlen=RECENT_ROUNDS)
+        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar = _make_bar(self._console)
+        self._task = self._bar.add_task("starting", total=num_rounds, left="")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self, lines: Iterable[str]) -> None:
+        """Show what runs, one line each, and start the live bar on a terminal."""
+        for line in lines:
+            self._say(line)
+        if self._is_live:
+            with suppress(*_OUTPUT_FAILURES):
+                self._bar.start()
+
+    def round_started(self, round_num: int, stage: str, lora_rank_mean: float) -> None:
+        """Show which round trains now (on a terminal only)."""
+        position = _position(round_num, self._num_rounds)
+        rank = _number(lora_rank_mean or math.nan, 1)
+        self._bar.update(self._task, description=f"{position}  {stage}  rank {rank}")
+
+    def round_finished(self, row: RoundRow) -> None:
+        """Leave one line for a finished round, and move the bar."""
+        if math.isfinite(row.round_s):
+            self._recent_s.append(row.round_s)
+        left_s = self._left_s(row.round_num)
+        self._bar.update(self._task, completed=row.round_num, left=f"left {human_time(left_s)}")
+        self._say(format_row(row, self._num_rounds, left_s))
+
+    def note(self, text: str) -> None:
+        """Show a line that is good to know."""
+        self._say(text)
+
+    def warn(self, text: str) -> None:
+        """Show a line that wants attention."""
+        self._say(f"warning: {text}", style="yellow")
+
+    def finish(self, summary: Summary) -> None:
+        """End the live bar and show the final table."""
+        self.close()
+        cells = _summary_cells(summary)
+        if self._is_live:
+            self._show(_make_table(cells))
+            return
+        width = max(len(name) for name, _ in cells)
+        for name, value in cells:
+            self._say(f"{name:<{width}}  {value}")
+
+    def close(self) -> None:
+        """End the live bar; may be called again."""
+        with suppress(*_OUTPUT_FAILURES):
+            self._bar.stop()
+
+    def _left_s(self, round_num: int) -> float:
+        """Expect each round to come to take as long as the mean of the last few: rounds get shorter."""
+        num_left = max(0, self._num_rounds - round_num)
+        if num_left == 0:
+            return 0.0
+        return num_left * sum(self._recent_s) / len(self._recent_s) if self._recent_s else math.nan
+
+    def _say(self, line: str, style: str = "") -> None:
+        if self._is_live:
+            self._show(Text(line, style=style))
+        else:
+            with suppress(*_OUTPUT_FAILURES):
+                print(_encodable(line.rstrip(), self._console), file=self._console.file, flush=True)
+
+    def _show(self, content: RenderableType) -> None:
+        with suppress(*_OUTPUT_FAILURES):
+            self._console.print(content, soft_wrap=isinstance(content, Text))
+
+
+def _make_bar(console: Console) -> rich.progress.Progress:
+    # markup off: descriptions are data, and "[lora]" is not a style.
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.fields[left]}", markup=False),
+        console=console,
+        refresh_per_second=4,
+        transient=True,
+    )
+
+
+def _make_table(cells: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in cells:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _summary_cells(summary: Summary) -> list[tuple[str, str]]:
+    up, down = summary.uplink_bytes, summary.downlink_bytes
+    sent = f"{human_bytes(up + down)} (up {human_bytes(up)}, down {human_bytes(down)})"
+    return [
+        *_quality_cells(summary.final, summary.best),
+        ("bytes sent", sent),
+        *_baseline_cells(summary.baselines),
+        ("wall time", human_time(summary.wall_s)),
+        *summary.files.items(),
+    ]
+
+
+def _quality_cells(final: RoundRow | None, best: RoundRow | None) -> list[tuple[str, str]]:
+    if final is None or best is None:
+        return []
+    return [
+        ("final accuracy", f"{_number(final.eval_accuracy)} (round {final.round_num})"),
+        ("best accuracy", f"{_number(best.eval_accuracy)} (round {best.round_num})"),
+        ("final macro-F1", _number(final.eval_macro_f1)),
+    ]
+
+
+def _baseline_cells(baselines: Baselines | None) -> list[tuple[str, str]]:
+    if baselines is None:
+        return []
+    full, fixed = baselines.reduction_vs_full_model, baselines.reduction_vs_fixed_rank
+    return [
+        ("full-model FedAvg", f"{human_bytes(baselines.full_model_bytes)}: {_reduction(full)} sent"),
+        ("fixed rank", f"{human_bytes(baselines.fixed_rank_bytes)}: {_reduction(fixed)} sent"),
+    ]
+
+
+def _reduction(fraction: float) -> str:
+    word = "more" if fraction < 0 else "less"
+    return f"{_number(100 * abs(fraction), 2)} % {word}"
+
+
+def _position(round_num: int, num_rounds: int) -> str:
+    return f"round {round_num:>{len(str(num_rounds))}}/{num_rounds}"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _encodable(line: str, console: Console) -> str:
+    """Replace what the output's encoding lacks: a label's name must not end a run."""
+    encoding = console.encoding
+    return line.encode(encoding, "replace").decode(encoding)

@@ -1,0 +1,1 @@
+"""How buffers cross between processes: MPI, and its twin in one process."""
