@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from mpifedlora.core.wire import Bytes
 from mpifedlora.errors import ConfigError
 
 FIELDS = ("package version", "configuration", "data", "model")
 _DIGEST_CHARS = 16
-_ERROR_BYTES = 3968
+Bytes = npt.NDArray[np.uint8]
+_ERROR_BYTES = 3952
 _RECORD = np.dtype(
-    [("is_ok", "<i4"), ("host", "S56"), ("digests", f"S{_DIGEST_CHARS}", (len(FIELDS),))]
+    [("host", "S56"), ("device", "S24"), ("digests", f"S{_DIGEST_CHARS}", (len(FIELDS),))]
     + [("error", f"S{_ERROR_BYTES}")]
 )
 STATUS_BYTES = _RECORD.itemsize
@@ -32,16 +33,18 @@ class Status:
         host: name of its node.
         digests: by field of FIELDS, a hexadecimal digest; fields not yet known are left out.
         error: why the set-up failed; empty where it did not.
+        device: what it computes on, once known.
     """
 
     host: str
     digests: Mapping[str, str]
     error: str = ""
+    device: str = ""
 
     def pack(self) -> Bytes:
         """Write STATUS_BYTES bytes; a long error is cut."""
         record = np.zeros((), _RECORD)
-        record["is_ok"], record["host"] = not self.error, self.host.encode()[:56]
+        record["host"], record["device"] = self.host.encode()[:56], self.device.encode()[:24]
         record["digests"] = [self.digests.get(field, "")[:_DIGEST_CHARS].encode() for field in FIELDS]
         record["error"] = self.error.encode()[:_ERROR_BYTES]
         return np.frombuffer(record.tobytes(), np.uint8).copy()
@@ -54,7 +57,8 @@ class Status:
             field: bytes(digest).decode() for field, digest in zip(FIELDS, record["digests"], strict=True)
         }
         error = bytes(record["error"]).decode(errors="replace")
-        return Status(bytes(record["host"]).decode(errors="replace"), digests, error)
+        host, device = (bytes(record[name]).decode(errors="replace") for name in ("host", "device"))
+        return Status(host, digests, error, device)
 
 
 def check_agreement(statuses: Sequence[Status], names: Sequence[str]) -> None:
@@ -74,9 +78,10 @@ def check_agreement(statuses: Sequence[Status], names: Sequence[str]) -> None:
             raise ConfigError(status.error + where)
     for field in FIELDS:
         for status, name in zip(statuses, names, strict=True):
-            if status.digests[field] != statuses[0].digests[field]:
+            got, wanted = status.digests.get(field, ""), statuses[0].digests.get(field, "")
+            if got != wanted:
                 raise ConfigError(
-                    f"every process must have the same {field}, got {status.digests[field]} on {name} "
-                    f"({status.host}) and {statuses[0].digests[field]} on {names[0]} ({statuses[0].host}); "
+                    f"every process must have the same {field}, got {got} on {name} ({status.host}) and "
+                    f"{wanted} on {names[0]} ({statuses[0].host}); "
                     "use one shared folder, or the same versions and files on every node"
                 )

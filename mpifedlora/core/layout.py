@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mpifedlora.errors import AdapterError
@@ -113,7 +114,7 @@ class AdapterLayout:
     def whole_tensors(self, flat: Tensor) -> list[Tensor]:
         """Return views of the tensors that are exchanged whole, in their shapes."""
         sizes = [math.prod(tensor.shape) for tensor in self.whole]
-        pieces = self.whole_values(flat).split(sizes)
+        pieces = torch.split(self.whole_values(flat), sizes)
         return [piece.view(tensor.shape) for piece, tensor in zip(pieces, self.whole, strict=True)]
 
     def whole_values(self, flat: Tensor) -> Tensor:

@@ -97,11 +97,17 @@ class Coordinator:
     Args:
         shapes: of the model.
         switches: of the method.
-        initial: flat state of round 1 (see `initial_state`).
+        initial_state: gives the flat state (num_values,) of round 1, from its plan.
         seed: of the run.
     """
 
-    def __init__(self, shapes: ModelShapes, switches: Switches, initial: Tensor, seed: int) -> None:
+    def __init__(
+        self,
+        shapes: ModelShapes,
+        switches: Switches,
+        initial_state: Callable[[RoundPlan], Tensor],
+        seed: int,
+    ) -> None:
         self.shapes = shapes
         self.switches = switches
         self.seed = seed
@@ -109,8 +115,8 @@ class Coordinator:
         self.body: Tensor | None = None  # trained base weights, once the `full` stage has ended
         no_ranks = (0,) * len(shapes.modules)
         self.next_plan = self._plan(1, no_ranks, sends_base=False, sends_state=False)
-        self.message = initial[:0]
-        self.state = initial
+        self.state = initial_state(self.next_plan)
+        self.message = self.state[:0]
 
     def _scope(self, round_num: int) -> str:
         is_first_stage = self.switches.schedule.stage(round_num) == "initiating"
@@ -123,14 +129,14 @@ class Coordinator:
         is_final = round_num > schedule.num_rounds
         planned = min(round_num, schedule.num_rounds)
         scope = self._scope(planned)
-        num_clients = len(self.switches.choose_workers(planned))
+        workers = tuple(self.switches.choose_workers(planned))
         return RoundPlan(
             round_num=round_num,
             stage=schedule.stage(planned),
             scope=scope,
             lora_ranks=uniform(schedule.budget(planned), self.shapes.modules),
             frozen_ranks=frozen_ranks,
-            workers=(ABSENT,) * num_clients if is_final else tuple(self.switches.choose_workers(planned)),
+            workers=(ABSENT,) * len(workers) if is_final else workers,
             sends_base=sends_base,
             sends_state=sends_state,
             learning_rate=self.switches.learning_rate(planned, scope),
@@ -219,13 +225,35 @@ class Coordinator:
         self.message = torch.empty(self.next_plan.message_values(self.shapes))
         self.state = self.next_plan.split(self.shapes, self.message)[2]
 
-    def exported(self) -> list[Factors]:
-        """Return each module's active and frozen directions as one pair of factors.
+    def highest_ranks(self) -> tuple[int, ...]:
+        """Return each module's rank at the full budget."""
+        return uniform(self.switches.schedule.rank_max, self.shapes.modules)
 
-        Their rank is at most rank_max, the rank that training started with.
+    def stop_plan(self) -> RoundPlan:
+        """Return the plan that ends the workers; no message goes with it."""
+        no_ranks = (0,) * len(self.shapes.modules)
+        return replace(self.next_plan, frozen_ranks=no_ranks, sends_base=False, sends_state=False, stops=True)
+
+    def adapter(self) -> tuple[list[Factors], list[Tensor]]:
+        """Return the global adapter: each module's active and frozen directions joined, and the head.
+
+        The joined rank is at most rank_max, the rank that training started with.
         """
-        active = self.shapes.adapter(self.next_plan.lora_ranks).factors(self.state)
-        return [concatenate([part, *frozen]) for part, frozen in zip(active, self.frozen, strict=True)]
+        layout = self.next_plan.layout(self.shapes)
+        pairs = zip(layout.factors(self.state), self.frozen, strict=True)
+        joined = [concatenate([active, *frozen]) for active, frozen in pairs]
+        return joined, layout.whole_tensors(self.state)
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """Return the base weights that training has changed, by name; none under scope `adapter`."""
+        if self.next_plan.scope == "full":
+            layout, flat = self.shapes.full(), self.state
+        elif self.body is not None:
+            layout, flat = self.shapes.base(), self.body
+        else:
+            return {}
+        tensors = layout.whole_tensors(flat)
+        return {shape.name: tensor for shape, tensor in zip(layout.whole, tensors, strict=True)}
 
 
 def _copy_factors(sources: Sequence[Factors], targets: Sequence[Factors]) -> None:

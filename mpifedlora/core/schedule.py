@@ -16,7 +16,7 @@ Stage = Literal["initiating", "annealing"]
 
 
 def _exponential(cooled: float, end: float) -> float:
-    return (end**cooled - end) / (1 - end)
+    return (math.pow(end, cooled) - end) / (1 - end)
 
 
 def _step(cooled: float, num_steps: int) -> float:

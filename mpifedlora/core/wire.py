@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mpifedlora.core.agreement import Bytes
 from mpifedlora.core.layout import AdapterLayout, ModelShapes
 from mpifedlora.core.schedule import Stage
 from mpifedlora.errors import ProtocolError
@@ -29,15 +29,14 @@ _STAGES: tuple[Stage, ...] = ("initiating", "annealing")
 _SCOPES = ("adapter", "full")
 _SENDS_BASE, _SENDS_STATE, _EVALUATES, _STOPS = 1, 2, 4, 8
 
-Bytes = npt.NDArray[np.uint8]
-
 
 def _record(**fields: str) -> np.dtype[np.void]:
     names = ["magic", *fields]
     formats = ["<i4", *fields.values()]
     offsets = np.cumsum([0, *(np.dtype(kind).itemsize for kind in formats)])[:-1].tolist()
     layout: Any = {"names": names, "formats": formats, "offsets": offsets, "itemsize": HEADER_BYTES}
-    return np.dtype(layout)
+    record: np.dtype[np.void] = np.dtype(layout)
+    return record
 
 
 PLAN_HEADER = _record(
@@ -128,7 +127,8 @@ class RoundPlan:
 
     def split(self, shapes: ModelShapes, message: Tensor) -> tuple[Tensor, ...]:
         """Return views of the message's three parts, flat."""
-        return message.split([segment.num_values for segment in self.segments(shapes)])
+        sizes = [segment.num_values for segment in self.segments(shapes)]
+        return torch.split(message, sizes)
 
     def row_bytes(self, shapes: ModelShapes) -> int:
         """Bytes of one client's uplink: header and values."""
@@ -228,6 +228,15 @@ class UpdateRows:
         """Return the header of one row as a writable record, a view."""
         header: np.void = self.rows[index, :HEADER_BYTES].numpy().view(UPDATE_HEADER)[0]
         return header
+
+
+def fitting_rows(
+    rows: UpdateRows | None, num_rows: int, num_values: int, *, is_pinned: bool = False
+) -> UpdateRows:
+    """Return the given rows if they fit, else new ones: buffers are kept from round to round."""
+    if rows is not None and (len(rows), rows.num_values) == (num_rows, num_values):
+        return rows
+    return UpdateRows(num_rows, num_values, is_pinned=is_pinned)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ _ADVICE: dict[tuple[str, type], str] = {
     ("integer", str): "write a number without quotes",
     ("number", str): "write a number without quotes",
     ("boolean", str): "write true or false without quotes",
+    ("boolean", int): "write true or false",
+    ("integer", bool): "write a number",
+    ("number", bool): "write a number",
     ("integer", float): "write a whole number",
     ("array", str): "put square brackets around it",
     ("array", list): "put each in quotes",
@@ -126,7 +129,7 @@ def locate(message: str, place: str) -> str:
     return f"{fact} ({place}){separator}{remedy}"
 
 
-def explain(error: ValidationError, tables: Tables, origin: Origin) -> list[str]:
+def explain(error: ValidationError, tables: Tables, origin: Origin) -> dict[str, str]:
     """Turn pydantic's errors into one sentence each.
 
     Args:
@@ -135,12 +138,13 @@ def explain(error: ValidationError, tables: Tables, origin: Origin) -> list[str]
         origin: Where each key was set.
 
     Returns:
-        One line per key, in the models' order.
+        One line per dotted key or table, in the models' order; a rule that spans tables has the empty key.
     """
-    details = error.errors(include_url=False, include_input=False)
-    # A union reports each of its members, and a list each of its items: one line per key is enough.
-    first = {detail["loc"][:2]: detail for detail in reversed(details)}
-    return [_explain_one(detail, tables, origin) for detail in details if detail is first[detail["loc"][:2]]]
+    lines: dict[str, str] = {}
+    for detail in error.errors(include_url=False, include_input=False):
+        # A union reports each of its members, and a list each of its items: the first is enough.
+        lines.setdefault(".".join(map(str, detail["loc"][:2])), _explain_one(detail, tables, origin))
+    return lines
 
 
 def _explain_one(detail: ErrorDetails, tables: Tables, origin: Origin) -> str:
@@ -156,7 +160,7 @@ def _explain_one(detail: ErrorDetails, tables: Tables, origin: Origin) -> str:
         )
     if not key:
         return locate(
-            f"[{section}] must be a table, got {show(tables[section])}; write [{section}]", origin.file
+            f"[{section}] must be a table, got {show(tables[section])}; write it as [{section}]", origin.file
         )
     message = _wrong_value(detail["type"], section_schema(section)[key], tables[section][key])
     return locate(f"{dotted} {message}", origin.of(dotted))
@@ -173,13 +177,13 @@ def _explain_missing(section: str, origin: Origin) -> str:
 
 def _unknown_key(section: str, key: str) -> str:
     known = list(section_schema(section))
-    remedy = _near(key, known) or _elsewhere(key) or f"its keys are {', '.join(known)}"
+    remedy = _near(key, known) or _elsewhere(key) or f"known keys are {', '.join(known)}"
     return f"[{section}] must hold known keys only, got {shorten(key)}; {remedy}"
 
 
 def _unknown_section(name: str, tables: Tables) -> str:
     known = list(section_models())
-    remedy = _near(name, known) or f"its tables are {', '.join(known)}"
+    remedy = _near(name, known) or f"known tables are {', '.join(known)}"
     if isinstance(tables[name], Mapping):
         return f"the run file must hold known tables only, got [{shorten(name)}]; {remedy}"
     return f"the run file must hold keys in tables only, got {shorten(name)}; {_elsewhere(name) or remedy}"

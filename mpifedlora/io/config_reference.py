@@ -175,12 +175,12 @@ def _default(schema: Schema) -> str:
 
 def _methods_part() -> str:
     head = ["| Method | What it is | Paper | Sets | Defaults to |", "|---|---|---|---|---|"]
-    text = (
-        "`federation.method` names a preset. What it sets wins over the run file; what it defaults to applies where "
-        "the file is silent."
+    summary = (
+        "`federation.method` names a preset. What it sets wins over the run file; what it defaults to "
+        "applies where the file is silent."
     )
     return "\n".join(
-        ["## Methods", "", *textwrap.wrap(text, 110), "", *head, *map(_method_row, METHODS.values()), ""]
+        ["## Methods", "", *textwrap.wrap(summary, 110), "", *head, *map(_method_row, METHODS.values()), ""]
     )
 
 

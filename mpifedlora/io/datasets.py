@@ -168,7 +168,7 @@ def _check_one(source: str, columns: _Columns) -> None:
         with closing(_file_rows(Path(source).expanduser(), columns)) as rows:
             _table(itertools.islice(rows, 1), source)
     else:
-        _require("datasets", _hub_advice(source))
+        _check_installed("datasets", _hub_advice(source))
 
 
 def _read_tables(source: str, test_source: str | None, columns: _Columns) -> tuple[_Table, _Table | None]:
@@ -331,10 +331,17 @@ def _hub_rows(part: Any, columns: _Columns, source: str) -> Rows:
     yield from zip(*(values[column] for _, column in columns.wanted()), strict=True)
 
 
-def _require(module: str, advice: str) -> Any:
-    if importlib.util.find_spec(module) is None:
+def _check_installed(package: str, advice: str) -> None:
+    if importlib.util.find_spec(package) is None:
         raise DataError(advice)
-    return importlib.import_module(module)
+
+
+def _require(package: str, advice: str) -> Any:
+    _check_installed(package, advice)
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise DataError(f"the package {package} must be importable, got {error}; install it again") from error
 
 
 def _hub_advice(source: str) -> str:

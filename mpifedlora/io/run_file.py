@@ -26,6 +26,7 @@ from mpifedlora.core.methods import apply_method
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.config_errors import Origin, explain, locate, shorten
 from mpifedlora.io.data_fetch import PACKAGED
+from mpifedlora.io.overrides import Override, apply_overrides, parse_override
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,12 +37,8 @@ Tables = dict[str, Any]
 
 _LARGEST_FILE_BYTES = 64 * 1024
 _MOST_ERRORS = 10
-_ALTERNATIVES = (("training.local_steps", "training.local_epochs"),)
 _PATH_KEYS = ("model.name", "data.source", "data.test_source")
-_DOTTED_KEY = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
-_TOML_MESSAGE = re.compile(
-    r"(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)"
-)
+_TOML_MESSAGE = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)")
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,6 @@ class ResolvedRun:
 
     config: RunConfig
     ignored_keys: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Override:
-    section: str
-    key: str
-    value: Any
-    text: str
-
-    @property
-    def dotted(self) -> str:
-        return f"{self.section}.{self.key}"
 
 
 def read_run_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ResolvedRun:
@@ -82,9 +67,9 @@ def read_run_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """
     file = Path(path)
     tables = _parse(_read_text(file), file)
-    changes = [_read_override(text) for text in overrides]
+    changes = [parse_override(text) for text in overrides]
     origin = _trace(file, tables, changes)
-    return _check(_resolve_paths(_override(tables, changes), file.parent), origin)
+    return _check(_resolve_paths(apply_overrides(tables, changes), file.parent), origin)
 
 
 def write_run_file(config: RunConfig) -> str:
@@ -126,10 +111,9 @@ def _canonical(value: Any) -> Any:
 
 def _read_text(file: Path) -> str:
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise ConfigError(f"the run file must be a regular file, got {_what_is(file)}; name a .toml file")
-        with open(file, "rb") as stream:
-            content = stream.read(_LARGEST_FILE_BYTES + 1)
+        is_regular = stat.S_ISREG(os.stat(file).st_mode)
+        # Opening a pipe could wait for ever, and only one process could read it.
+        content = _read_bytes(file) if is_regular else b""
     except FileNotFoundError:
         raise ConfigError(_missing(file)) from None
     except (OSError, ValueError) as error:
@@ -137,11 +121,18 @@ def _read_text(file: Path) -> str:
         raise ConfigError(
             f"the run file must be readable, got {reason} ({_name(file)}); check the path"
         ) from None
+    if not is_regular:
+        raise ConfigError(f"the run file must be a regular file, got {_what_is(file)}; name a .toml file")
     return _decode(content, file)
 
 
+def _read_bytes(file: Path) -> bytes:
+    with open(file, "rb") as stream:
+        return stream.read(_LARGEST_FILE_BYTES + 1)
+
+
 def _name(file: Path) -> str:
-    return shorten(str(file), longest=4096)
+    return shorten(str(file), longest=300)
 
 
 def _what_is(file: Path) -> str:
@@ -185,74 +176,25 @@ def _parse(text: str, file: Path) -> Tables:
         raise ConfigError(_explain_syntax(str(error), text, file)) from None
     except (ValueError, RecursionError) as error:
         # A number of thousands of digits, or brackets nested a thousand deep.
-        what = "nested too deeply" if isinstance(error, RecursionError) else "a number that is too long"
-        raise ConfigError(f"the run file must be plain TOML, got one with {what} ({_name(file)})") from None
+        what = "brackets nested too deeply" if isinstance(error, RecursionError) else "too long a number"
+        raise ConfigError(
+            f"the run file must be plain TOML, got {what} ({_name(file)}); shorten it"
+        ) from None
 
 
 def _explain_syntax(message: str, text: str, file: Path) -> str:
     match = _TOML_MESSAGE.fullmatch(message)
-    what = match["what"] if match else message
-    if match and match["line"]:
-        line, column = match["line"], match["column"]
-        got = f"`{shorten(text.split(chr(10))[int(line) - 1].strip())}`"
-        place = f"{_name(file)}, line {line}, column {column}"
-    else:
-        got, place = "an unfinished line", f"{_name(file)}, at its end"
-    remedy = "texts need double quotes, lists square brackets, each key its own line"
-    return f"the run file must be valid TOML, got {got} ({place}: {shorten(what)}); {remedy}"
+    what, number, column = match.groups() if match else (message, None, None)
+    lines = text.rstrip().split("\n")
+    line = lines[int(number) - 1 if number and int(number) <= len(lines) else -1].strip()
+    place = f"line {number}, column {column}" if number else "at its end"
+    fact = f"the run file must be valid TOML, got `{shorten(line)}` ({_name(file)}, {place}: {shorten(what)})"
+    return f"{fact}; texts need double quotes, lists square brackets, and no key may stand twice"
 
 
-def _read_override(text: str) -> _Override:
-    name, equals, value = text.partition("=")
-    match = _DOTTED_KEY.fullmatch(name.strip())
-    shown = shorten(text)
-    if not equals or match is None:
-        raise ConfigError(
-            f"--set must be section.key=value, got {shown}; for example --set training.local_steps=4"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"--set must be text in UTF-8, got {shown}; check the terminal's encoding"
-        ) from None
-    return _Override(match[1], match[2], _read_value(value.strip(), shown), f"--set {shown}")
-
-
-def _read_value(value: str, shown: str) -> Any:
-    try:
-        tables = tomllib.loads(f"value = {value}")
-    except (ValueError, RecursionError):
-        tables = {}
-    if list(tables) == ["value"]:
-        return tables["value"]
-    if value.startswith(("[", "{", '"', "'")):
-        # The shell takes unprotected quotes away: as text, [query] would pass for a regular expression.
-        fact = f"a --set value that begins with {value[0]} must be valid TOML, got {shown}"
-        raise ConfigError(f'{fact}; put the whole in quotes for the shell, as in \'section.key=["a", "b"]\'')
-    return value
-
-
-def _trace(file: Path, tables: Tables, changes: Sequence[_Override]) -> Origin:
+def _trace(file: Path, tables: Tables, changes: Sequence[Override]) -> Origin:
     new_tables = {change.section: change.text for change in changes if change.section not in tables}
     return Origin(_name(file), new_tables | {change.dotted: change.text for change in changes})
-
-
-def _override(tables: Tables, changes: Sequence[_Override]) -> Tables:
-    """Return new tables; tables of a wrong type stay as they are, to be reported."""
-    named = {change.dotted for change in changes}
-    replaced = {rival for group in _ALTERNATIVES if named & set(group) for rival in group}
-    changed = {
-        name: {key: value for key, value in table.items() if f"{name}.{key}" not in replaced}
-        if isinstance(table, dict)
-        else table
-        for name, table in tables.items()
-    }
-    for change in changes:
-        table = changed.setdefault(change.section, {})
-        if isinstance(table, dict):
-            table[change.key] = change.value
-    return changed
 
 
 def _resolve_paths(tables: Tables, folder: Path) -> Tables:
@@ -276,18 +218,20 @@ def _check(tables: Tables, origin: Origin) -> ResolvedRun:
         resolved, ignored = apply_method(tables)
     except ConfigError as error:
         message = locate(str(error), origin.of(str(error).partition(" ")[0]))
-        raise _errors([message, *_problems(tables, origin)]) from None
+        # Without its method a run may break a rule that spans tables and the method would have kept.
+        others = [line for key, line in _problems(tables, origin).items() if key]
+        raise _errors([message, *others]) from None
     if problems := _problems(resolved, origin):
-        raise _errors(problems)
+        raise _errors(list(problems.values()))
     return ResolvedRun(RunConfig.model_validate(resolved), ignored)
 
 
-def _problems(tables: Tables, origin: Origin) -> list[str]:
+def _problems(tables: Tables, origin: Origin) -> dict[str, str]:
     try:
         RunConfig.model_validate(tables)
     except ValidationError as error:
         return explain(error, tables, origin)
-    return []
+    return {}
 
 
 def _errors(lines: list[str]) -> ConfigError:

@@ -194,8 +194,10 @@ class Progress:
 
     def close(self) -> None:
         """End the live bar; may be called again."""
-        with suppress(*_OUTPUT_FAILURES):
-            self._bar.stop()
+        # Stopping a bar that never started would print an empty line.
+        if self._bar.live.is_started:
+            with suppress(*_OUTPUT_FAILURES):
+                self._bar.stop()
 
     def _left_s(self, round_num: int) -> float:
         """Expect each round to come to take as long as the mean of the last few: rounds get shorter."""

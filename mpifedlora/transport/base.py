@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from mpifedlora.core.agreement import Status
-from mpifedlora.core.layout import ModelShapes
-from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mpifedlora.core.layout import ModelShapes
+    from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ class Endpoint(Protocol):
 
     place: NodePlace
     library: str
+    is_server: bool
+
+    def process_names(self) -> list[str]:
+        """Return what to call each process in a message, the server first."""
 
     def exchange(self, status: Status) -> list[Status]:
         """Give this process's status, and get every process's, the server's first."""

@@ -5,12 +5,19 @@ It makes the same calls in the same order as the MPI transport, so a run gives t
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from mpifedlora.core.agreement import Status
+from mpifedlora.transport.base import NodePlace, TrainsClients
 
-from mpifedlora.core.wire import ClientUpdate, RoundPlan
-from mpifedlora.transport.base import TrainsClients
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mpifedlora.core.layout import ModelShapes
+    from mpifedlora.core.wire import ClientUpdate, RoundPlan
 
 
 class InProcessTransport:
@@ -24,6 +31,7 @@ class InProcessTransport:
         self.workers = workers
         self.num_workers = len(workers)
         self.bytes_crossed = 0
+        self._wait_s = 0.0
 
     def broadcast(self, plan: RoundPlan, message: Tensor) -> None:
         """Hand plan and message to every worker; the message is shared, not copied."""
@@ -40,13 +48,41 @@ class InProcessTransport:
 
     def collect(self, plan: RoundPlan) -> list[ClientUpdate]:
         """Let every worker train its clients."""
+        from mpifedlora.core.wire import ClientUpdate
+
         updates = []
+        started = time.perf_counter()
         for worker in self.workers:
             rows = worker.train()
             self.bytes_crossed += rows.buffer.nbytes
             updates += [ClientUpdate.read(rows, index, plan) for index in range(len(rows))]
+        self._wait_s = time.perf_counter() - started
         return updates
 
     def wait_s(self) -> float:
-        """Return 0: nobody is waited for."""
-        return 0.0
+        """Return the seconds that the workers trained in the last collect."""
+        return self._wait_s
+
+
+class Alone:
+    """The one process of a run without MPI: server and worker at once."""
+
+    is_server = True
+    library = "in one process, without MPI"
+
+    def __init__(self) -> None:
+        self.place = NodePlace(socket.gethostname(), num_processes=1, num_workers=1, worker_index=0)
+
+    def exchange(self, status: Status) -> list[Status]:
+        """Return this process's own status."""
+        return [status]
+
+    def process_names(self) -> list[str]:
+        """Return what to call the process in a message."""
+        return ["this process"]
+
+    def open(self, shapes: ModelShapes, num_clients: int) -> None:
+        """Do nothing: messages are handed over as they are."""
+
+    def abort(self, message: str) -> None:
+        """Do nothing: the exception ends the only process."""

@@ -18,17 +18,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from mpifedlora.core.agreement import STATUS_BYTES, Status
-from mpifedlora.core.layout import ModelShapes
-from mpifedlora.core.wire import ABSENT, ClientUpdate, RoundPlan, UpdateRows, plan_bytes
 from mpifedlora.errors import ConfigError
 from mpifedlora.transport.base import NodePlace
 
+# What needs torch is loaded when the set-up has been checked: a mistake is told in a second, not ten.
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from torch import Tensor
+
+    from mpifedlora.core.layout import ModelShapes
+    from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows
 
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MPI_LOCALNRANKS")
 _LONGEST_SLEEP_S = 1e-3
@@ -67,6 +69,8 @@ def connect(comm: MPI.Comm | None = None) -> MpiServer | MpiWorker | None:
 
 
 class _Endpoint:
+    is_server: bool
+
     def __init__(self, comm: MPI.Comm) -> None:
         from mpi4py import MPI
 
@@ -75,7 +79,7 @@ class _Endpoint:
         self.num_workers = comm.size - 1
         self.library = MPI.Get_library_version().split(",")[0].strip("\x00 \n")
         self.place = _place(self.comm)
-        self.shapes = ModelShapes((), (), ())
+        self.shapes: ModelShapes
         self.plan_bytes = 0
         self._in_place = MPI.IN_PLACE
         self._byte = MPI.BYTE
@@ -88,6 +92,8 @@ class _Endpoint:
 
     def open(self, shapes: ModelShapes, num_clients: int) -> None:
         """Say what the messages look like."""
+        from mpifedlora.core.wire import plan_bytes
+
         self.shapes = shapes
         self.plan_bytes = plan_bytes(len(shapes.modules), num_clients)
 
@@ -109,10 +115,12 @@ class MpiServer(_Endpoint):
         comm: communicator of at least two processes; a duplicate of it is used.
     """
 
+    is_server = True
+
     def __init__(self, comm: MPI.Comm) -> None:
         super().__init__(comm)
         self.bytes_crossed = 0
-        self._rows = UpdateRows(0, 0)
+        self._rows: UpdateRows | None = None
         self._wait_s = 0.0
 
     def broadcast(self, plan: RoundPlan, message: Tensor) -> None:
@@ -125,21 +133,25 @@ class MpiServer(_Endpoint):
 
     def collect_predictions(self, counts: Sequence[int]) -> list[Tensor]:
         """Gather each worker's (counts[worker_id], 2) float32 losses and labels."""
+        import torch
+
         received = torch.empty(sum(counts), 2)
         self.bytes_crossed += received.nbytes
         _wait(self.comm.Ibarrier())
         sizes = [0, *(8 * count for count in counts)]
         self.comm.Gatherv(self._in_place, [_as_bytes(received), sizes, None, self._byte])
-        return list(received.split(list(counts)))
+        return list(torch.split(received, list(counts)))
 
     def collect(self, plan: RoundPlan) -> list[ClientUpdate]:
         """Gather the cohort's rows; their values are valid until the next collect."""
+        from mpifedlora.core.wire import ClientUpdate, fitting_rows
+
         started = time.perf_counter()
         num_values = plan.layout(self.shapes).num_values
         clients = _clients_by_worker(plan, self.num_workers)
         is_even = len(set(clients)) == 1
         first = clients[0] if is_even else 0  # Gather gives the server a place of its own, which stays empty
-        rows = self._rows_for(first + sum(clients), num_values)
+        rows = self._rows = fitting_rows(self._rows, first + sum(clients), num_values)
         self.bytes_crossed += sum(clients) * rows.stride
         _wait(self.comm.Ibarrier())
         self._wait_s = time.perf_counter() - started
@@ -155,11 +167,6 @@ class MpiServer(_Endpoint):
         """Return the seconds that the last collect waited for the slowest worker."""
         return self._wait_s
 
-    def _rows_for(self, num_rows: int, num_values: int) -> UpdateRows:
-        if (len(self._rows), self._rows.num_values) != (num_rows, num_values):
-            self._rows = UpdateRows(num_rows, num_values)
-        return self._rows
-
 
 class MpiWorker(_Endpoint):
     """A worker's end, MPI rank worker_id + 1.
@@ -168,20 +175,26 @@ class MpiWorker(_Endpoint):
         comm: communicator of at least two processes; a duplicate of it is used.
     """
 
+    is_server = False
+
     def __init__(self, comm: MPI.Comm) -> None:
         super().__init__(comm)
         self.worker_id = comm.rank - 1
-        self._message = torch.empty(0)
+        self._message: Tensor | None = None
         self._is_even = False
 
     def receive(self) -> tuple[RoundPlan, Tensor]:
         """Wait for the next plan and message; the message is valid until the next receive."""
+        import torch
+
+        from mpifedlora.core.wire import RoundPlan
+
         packed = np.empty(self.plan_bytes, np.uint8)
         _wait(self.comm.Ibcast([packed, self._byte]))
         plan = RoundPlan.unpack(packed, len(self.shapes.modules))
         self._is_even = len(set(_clients_by_worker(plan, self.num_workers))) == 1
         num_values = plan.message_values(self.shapes)
-        if self._message.numel() != num_values:
+        if self._message is None or self._message.numel() != num_values:
             self._message = torch.empty(num_values)
         if num_values:
             self.comm.Bcast([_as_bytes(self._message), self._byte])
@@ -201,11 +214,16 @@ class MpiWorker(_Endpoint):
 
 def _clients_by_worker(plan: RoundPlan, num_workers: int) -> list[int]:
     workers = np.asarray(plan.workers)
-    return np.bincount(workers[workers != ABSENT], minlength=num_workers).tolist()  # type: ignore[no-any-return]
+    counts: list[int] = np.bincount(workers[workers >= 0], minlength=num_workers).tolist()
+    return counts
 
 
-def _as_bytes(tensor: Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _as_bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    # numpy has no bfloat16, but any tensor can be seen as bytes through its one-byte view.
+    import torch
+
+    view: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return view
 
 
 def _wait(request: MPI.Request) -> None:

@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpifedlora.errors import CheckpointError
-from mpifedlora.io import results
 from mpifedlora.io.results import COLUMNS, Baselines, ResultsWriter, RoundRow, RunInfo, read_results
 
 NUM_CLIENTS, MODULES = 3, ("layer.0.query", "layer.0.value")
@@ -250,6 +249,9 @@ WRITERS = """
 import resource, sys
 sys.path[:0] = sys.argv[2:]
 from test_results import *
+from mpifedlora.io import results
+def say(word, number=0):
+    os.write(1, f"{word} {number}\\n".encode())  # one write: a kill cannot leave half a line
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 def fork_writer(instant):
@@ -265,14 +267,14 @@ def fork_writer(instant):
     for round_num in range(1, 10**6):
         writer.add(make_row(round_num))
         writer.write()
-        print("wrote", round_num, flush=True)
+        say("wrote", round_num)
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         fork_writer(line.strip())
-    print("pid", pid, flush=True)
+    say("pid", pid)
     os.waitpid(pid, 0)
-    print("dead", flush=True)
+    say("dead")
 """
 
 
@@ -281,7 +283,9 @@ class Writers:
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-c", WRITERS, str(path), str(Path(__file__).parent), ROOT]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def run_until_killed(self, instant: str, after_s: float) -> int:
         """Return the last round whose write had returned."""
@@ -291,17 +295,18 @@ class Writers:
         self.process.stdin.flush()
         written = 0
         for line in self.process.stdout:
-            word, *rest = line.split()
+            word, number = line.split()
             if word == "pid" and instant == "random":
-                threading.Timer(after_s, os.kill, (int(rest[0]), signal.SIGKILL)).start()
+                threading.Timer(after_s, os.kill, (int(number), signal.SIGKILL)).start()
             elif word == "wrote":
-                written = int(rest[0])
+                written = int(number)
             elif word == "dead":
                 return written
         raise AssertionError("the process that forks the writers ended")
 
     def end(self) -> None:
-        self.process.kill()
+        # The whole group: a forked writer must not outlive its parent.
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import math
 import re
@@ -93,7 +94,7 @@ class TestUnits:
     def test_bytes(self, count: int, text: str) -> None:
         assert human_bytes(count) == text
 
-    @given(st.integers(0, 10**18 - 1))
+    @given(st.integers(0, 9 * 10**17))
     def test_bytes_stay_short_and_true(self, count: int) -> None:
         value, unit = human_bytes(count).split()
         factor = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}[unit]
@@ -122,7 +123,8 @@ class TestUnits:
 class TestRow:
     def test_the_whole_line(self) -> None:
         assert format_row(make_row(3), 20, 80) == (
-            "round  3/20  annealing   rank 14.2  up 4.1 MB    down 4.1 MB    loss 1.234  accuracy 0.512  left 1m20s"
+            "round  3/20  annealing   rank 14.2  up 4.1 MB    down 4.1 MB    "
+            "loss 1.234  accuracy 0.512  left 1m20s"
         )
 
     def test_what_is_not_there_is_not_shown_as_a_number(self) -> None:
@@ -130,7 +132,7 @@ class TestRow:
         line = format_row(row, 20, math.nan)
         assert "nan" not in line
         assert "accuracy" not in line
-        assert line.split("  ")[2:4] == ["annealing ", "rank -   "] or "rank -" in line
+        assert "rank - " in line
         assert "loss -" in line
         assert line.endswith("left ?")
 
@@ -188,13 +190,14 @@ class TestPlain:
         assert capsys.readouterr().out.startswith("round  3/20")
 
     def test_output_that_fails_ends_nothing(self) -> None:
-        console = plain()
-        with open("/dev/full", "w") as console.file:
-            Progress(20, console).note("hello")
-            console.file.detach()  # type: ignore[attr-defined]
-        console.file = io.StringIO()
-        console.file.close()
-        Progress(20, console).note("hello")
+        class Gone(io.StringIO):
+            def flush(self) -> None:
+                raise OSError(errno.EIO, "terminal gone")
+
+        closed = io.StringIO()
+        closed.close()
+        for file in (Gone(), closed):
+            Progress(20, Console(file=file, force_terminal=False)).note("hello")
 
     def test_an_encoding_without_the_letters(self) -> None:
         raw = io.BytesIO()

@@ -31,7 +31,6 @@ def comm(request):
     if part == MPI.COMM_NULL:
         pytest.skip("not one of the processes of this communicator")
     yield part
-    part.Barrier()
     part.Free()
 
 
@@ -61,7 +60,7 @@ def pytest_configure(config):
     settings.load_profile("mpi")
     config.pluginmanager.register(OneFailureEndsAll(MPI.COMM_WORLD))
     if MPI.COMM_WORLD.rank > 0:
-        sys.stdout = Path(os.devnull).open("w")  # before pytest's reporter takes it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for pytest's reporter, which is made next)
 
 
 class OneFailureEndsAll:
@@ -79,8 +78,8 @@ class OneFailureEndsAll:
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            sections = [f"--- {title}\n{text}" for title, text in report.sections]
-            self.abort(f"{report.when} of {report.nodeid} failed", "\n".join([report.longreprtext, *sections]))
+            captured = [f"--- {title}\n{text}" for title, text in report.sections]
+            self.abort(f"{report.nodeid} failed ({report.when})", "\n".join([report.longreprtext, *captured]))
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -90,9 +89,10 @@ class OneFailureEndsAll:
         self.abort("pytest failed", str(excrepr))
 
     def pytest_collection_finish(self, session):
-        names = self.world.allgather([item.nodeid for item in session.items])
-        if names != names[:1] * self.world.size:
-            self.abort("all processes must collect the same tests", "\n".join(map(str, names)))
+        names = self.world.allgather({item.nodeid for item in session.items})
+        only_some = set.union(*names) - set.intersection(*names)
+        if only_some and self.world.rank == 0:
+            self.abort("all must collect the same tests, only some have", "\n".join(sorted(only_some)))
 
     def pytest_timeout_set_timer(self, item, settings):
         # pytest-timeout's own signal waits until the blocked MPI call returns: never, in a hang.
@@ -103,8 +103,9 @@ class OneFailureEndsAll:
         return True
 
     def _time_is_up(self, item, thread_id):
-        stack = traceback.format_stack(sys._current_frames()[thread_id])
-        self.abort(f"{item.nodeid} took too long, it hangs here", "".join(stack))
+        # The last frames of every process: where each of them waits.
+        stack = traceback.format_stack(sys._current_frames()[thread_id])[-4:]
+        self.abort(f"{item.nodeid} took too long; this process is here", "".join(stack))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self):

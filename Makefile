@@ -1,0 +1,83 @@
+# `make help` lists the targets. Everything is installed into .venv, and nothing is done twice.
+#
+#   PYTHON      the Python to build .venv with, 3.10 or newer: make demo PYTHON=python3.12
+#   PIP_FLAGS   more arguments for pip, for example the index of another build of torch
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# A step may use every core, so steps follow one another under `make -j` too.
+.NOTPARALLEL:
+# Another environment that happens to be active does not count.
+unexport VIRTUAL_ENV PYTHONHOME
+
+.PHONY: help demo test lint types unit mpi data install clean
+
+## demo     fine-tune MiniLM in a federation of eight clients: a server and four workers over MPI
+demo: data
+	@echo "== mpirun -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --overwrite"
+	@. tests/mpi_env.sh && mpirun -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --overwrite
+
+## test     everything below, one after another
+test: lint types unit mpi
+	@echo "== all checks passed"
+
+## lint     format and lint
+lint: .venv/.installed
+	@echo "== ruff: format"
+	@$(BIN)/ruff format --check --quiet . || { echo "mend it with: $(BIN)/ruff format ."; exit 1; }
+	@echo "== ruff: lint"
+	@$(BIN)/ruff check .
+
+## types    mypy --strict
+types: .venv/.installed
+	@echo "== mypy --strict mpifedlora"
+	@$(BIN)/mypy --strict mpifedlora
+
+## unit     unit tests, property tests and doctests; what launches mpirun itself is here too
+unit: data
+	@echo "== pytest: units, properties, doctests"
+	@. tests/mpi_env.sh && HF_HUB_OFFLINE=1 python -m pytest -q -m "not network"
+
+## mpi      tests over real MPI with 1, 2, 3 and 5 processes
+mpi: data
+	@echo "== pytest over MPI: 1, 2, 3 and 5 processes"
+	@tests/run_mpi.sh
+
+## data     fetch the demo's data set and weights into the cache folder
+data: .venv/.installed
+	@echo "== data: 20 Newsgroups and the MiniLM weights"
+	@$(BIN)/mpifedlora data fetch 20newsgroups minilm
+
+## install  the package with its tools and Open MPI, in .venv
+install: .venv/.installed
+
+NEEDS := mpifedlora needs Python 3.10 or newer
+NAME_ONE := name one: make PYTHON=python3.12
+
+.venv/.created:
+	@echo "== virtual environment in .venv"
+	@command -v "$(PYTHON)" >/dev/null || { echo "$(NEEDS), found no $(PYTHON); $(NAME_ONE)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(NEEDS), got $$("$(PYTHON)" --version); $(NAME_ONE)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) must have the module venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@"$(PYTHON)" -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.created setup.cfg pyproject.toml constraints.txt
+	@echo "== pip install -c constraints.txt -e .[mpi,dev] (some minutes, the first time)"
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) \
+	    -c constraints.txt -e '.[mpi,dev]'
+	@touch $@
+
+## clean    remove .venv, caches and build files; runs/ and the fetched data stay
+clean:
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find mpifedlora tests -name __pycache__ -prune -exec rm -rf {} +
+
+help:
+	@sed -n 's/^## /make /p' Makefile

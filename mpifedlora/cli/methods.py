@@ -1,0 +1,44 @@
+"""`mpifedlora methods`: the presets and the switches that define them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+
+@click.command("methods", epilog="\b\nExample:\n  mpifedlora methods --json")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(as_json: bool) -> None:
+    """Show the methods: their papers and the switches that they set.
+
+    A method is a preset of the run file's keys ([federation] method). The keys that it sets win over the
+    run file; its defaults apply where the run file is silent; `custom` leaves every switch to the file.
+    """
+    click.echo(_as_json() if as_json else _as_table())
+
+
+def _as_json() -> str:
+    import dataclasses
+    import json
+
+    from mpifedlora.core.methods import METHODS
+
+    return json.dumps([dataclasses.asdict(method) for method in METHODS.values()], indent=2)
+
+
+def _as_table() -> str:
+    from mpifedlora.core.methods import METHODS
+
+    blocks = []
+    for method in METHODS.values():
+        head = [f"{method.name:<12}{method.title}"] + [f"{'':<12}{method.paper}"] * bool(method.paper)
+        blocks += [*head, *_lines("sets", method.settings), *_lines("default", method.defaults), ""]
+    return "\n".join(blocks).rstrip()
+
+
+def _lines(word: str, switches: Mapping[str, Any]) -> list[str]:
+    import json
+
+    return [f"{'':<12}{word:<9}{key} = {json.dumps(value)}" for key, value in switches.items()]

@@ -1,0 +1,211 @@
+"""The server's side of a run: rounds, results, and what is left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from mpifedlora.core.agreement import Status
+from mpifedlora.core.config import RunConfig
+from mpifedlora.core.rounds import Coordinator
+from mpifedlora.errors import CheckpointError
+from mpifedlora.io.adapter_files import (
+    ADAPTER_FOLDER,
+    BASE_FOLDER,
+    RESULTS_FILE,
+    RUN_FILE,
+    free_name,
+    prepare_output_folder,
+    write_adapter,
+    write_base_weights,
+)
+from mpifedlora.io.results import ResultsWriter, RunInfo
+from mpifedlora.io.run_file import ResolvedRun, write_run_file
+from mpifedlora.runtime.progress import Progress, summarise
+from mpifedlora.runtime.server import Server
+from mpifedlora.runtime.setup import Replica, build_switches
+from mpifedlora.transport.base import ServerTransport
+
+EXIT_OK, EXIT_NOT_SAVED = 0, 1
+
+
+def conduct(
+    out: Path,
+    resolved: ResolvedRun,
+    replica: Replica,
+    transport: ServerTransport,
+    library: str,
+    statuses: Sequence[Status],
+) -> int:
+    """Run all rounds, write results while they come in, and the adapter at the end.
+
+    A disk that refuses does not end the run: each failed write is told and tried again with the
+    next round.
+
+    Args:
+        out: folder for the results.
+        resolved: the configuration.
+        replica: the server's copy of model and data.
+        transport: to the workers.
+        library: name and version of what carries the messages.
+        statuses: of all processes, the server's first.
+
+    Returns:
+        Exit code: 0, or 1 if something could not be saved.
+    """
+    started = time.perf_counter()
+    config = resolved.config
+    prepare_output_folder(out, write_run_file(config))
+    info = _run_info(config, replica, transport, library, statuses)
+    writer = ResultsWriter(out / RESULTS_FILE, info)
+    with Progress(config.federation.num_rounds) as progress:
+        server = _server(config, replica, transport, progress)
+        progress.start(_first_lines(resolved, replica, info, out))
+        saver = _Saver(writer, progress)
+        saver.save()
+        try:
+            _run_rounds(server, writer, saver, progress)
+        except BaseException:
+            writer.set_status("failed")
+            saver.save()
+            raise
+        saver.attempt(lambda: _export(out, config, replica, server.coordinator))
+        writer.set_status("finished")
+        saver.save()
+        files = {name: free_name(out / name) for name in _left_behind(out)}
+        wall_s = time.perf_counter() - started
+        progress.finish(summarise(writer.rows, baselines=server.baselines(), wall_s=wall_s, files=files))
+    return EXIT_NOT_SAVED if saver.has_failed else EXIT_OK
+
+
+class _Saver:
+    """Writes, and tells a failure once instead of ending the run."""
+
+    def __init__(self, writer: ResultsWriter, progress: Progress) -> None:
+        self.writer = writer
+        self.progress = progress
+        self.last_failure = ""
+        self.has_failed = False
+
+    def save(self) -> None:
+        self.has_failed = False
+        self.attempt(self.writer.write)
+
+    def attempt(self, write) -> None:  # type: ignore[no-untyped-def]
+        try:
+            write()
+        except CheckpointError as error:
+            self.has_failed = True
+            if str(error) != self.last_failure:
+                self.progress.warn(str(error))
+            self.last_failure = str(error)
+
+
+def _server(config: RunConfig, replica: Replica, transport: ServerTransport, progress: Progress) -> Server:
+    sizes = [len(part) for part in replica.data.parts]
+    model = replica.model
+    coordinator = Coordinator(
+        model.shapes,
+        build_switches(config, sizes, transport.num_workers),
+        model.initial_state,
+        config.federation.seed,
+    )
+    return Server(
+        coordinator,
+        transport,
+        model,
+        replica.evaluation,
+        evaluate_every=config.evaluation.every,
+        evaluates_on_workers=config.evaluation.on == "workers",
+        warn=progress.warn,
+    )
+
+
+def _run_rounds(server: Server, writer: ResultsWriter, saver: _Saver, progress: Progress) -> None:
+    for row in server.rounds():
+        writer.add(row)
+        writer.set_baselines(server.baselines())
+        progress.round_finished(row)
+        saver.save()
+
+
+def _export(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> None:
+    changed = coordinator.base_weights()
+    if changed:
+        write_base_weights(out / BASE_FOLDER, changed)
+    if coordinator.next_plan.scope == "adapter":
+        settings, tensors = replica.model.export(*coordinator.adapter())
+        settings["base_model_name_or_path"] = config.model.name
+        write_adapter(out / ADAPTER_FOLDER, settings, tensors)
+
+
+def _left_behind(out: Path) -> list[str]:
+    names = (RESULTS_FILE, ADAPTER_FOLDER, BASE_FOLDER, RUN_FILE)
+    return [name for name in names if (out / name).exists()]
+
+
+def _run_info(
+    config: RunConfig, replica: Replica, transport: ServerTransport, library: str, statuses: Sequence[Status]
+) -> RunInfo:
+    return RunInfo(
+        package_version=version("mpifedlora"),
+        config=config.model_dump_json(),
+        method=config.federation.method,
+        model=config.model.name,
+        dataset=config.data.source,
+        num_clients=config.federation.num_clients,
+        num_workers=transport.num_workers,
+        seed=config.federation.seed,
+        mpi_library=library,
+        devices=tuple(status.device for status in statuses),
+        reproducible=config.federation.reproducible,
+        module_names=tuple(module.name for module in replica.model.shapes.modules),
+        label_names=replica.data.dataset.label_names,
+        label_table=replica.data.label_table(),
+    )
+
+
+def _first_lines(resolved: ResolvedRun, replica: Replica, info: RunInfo, out: Path) -> Iterator[str]:
+    config, shapes = resolved.config, replica.model.shapes
+    federation, annealing = config.federation, config.annealing
+    yield (
+        f"mpifedlora {info.package_version}: {info.method} on {info.dataset} with {info.model}, "
+        f"{shapes.full().num_values / 1e6:.1f} M parameters, {len(shapes.modules)} adapted layers"
+    )
+    yield (
+        f"{federation.num_clients} clients on {info.num_workers} workers ({_devices(info.devices)}), "
+        f"{federation.num_rounds} rounds, seed {federation.seed}, {info.mpi_library}"
+    )
+    if config.training.scope == "adapter":
+        yield (
+            f"rank {config.lora.rank_max} to {_last_rank(config)} ({annealing.schedule}, {annealing.cut}), "
+            f"{config.aggregation.kind} aggregation, initiating {config.initiating.rounds} rounds "
+            f"({config.initiating.scope})"
+        )
+    for key in resolved.ignored_keys:
+        yield f"note: method {info.method} sets {key}; the run file's value is ignored"
+    without = [client for client, part in enumerate(replica.data.parts) if not len(part)]
+    if without:
+        yield f"note: {len(without)} clients have no examples and never take part: {_listed(without)}"
+    if info.num_workers > federation.num_clients:
+        yield (
+            f"note: {info.num_workers} workers for {federation.num_clients} clients: "
+            f"{info.num_workers - federation.num_clients} of them have nothing to train"
+        )
+    yield f"results in {free_name(out)}"
+
+
+def _last_rank(config: RunConfig) -> int:
+    return config.lora.rank_max if config.annealing.schedule == "constant" else config.lora.rank_min
+
+
+def _devices(devices: Sequence[str]) -> str:
+    kinds = sorted({device.split(":")[0] for device in devices[1:]})
+    return f"{', '.join(kinds)}, server {devices[0]}"
+
+
+def _listed(clients: Sequence[int]) -> str:
+    shown = ", ".join(str(client) for client in clients[:10])
+    return shown if len(clients) <= 10 else f"{shown}, ..."

@@ -1,0 +1,150 @@
+"""One run from its run file to its results: every process starts here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mpifedlora.core.agreement import Status, check_agreement
+from mpifedlora.core.config import RunConfig
+from mpifedlora.errors import MpiFedLoraError
+from mpifedlora.io.adapter_files import check_output_folder
+from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
+from mpifedlora.runtime import setup
+from mpifedlora.transport.base import Endpoint
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mpifedlora.runtime.setup import Replica
+
+T = TypeVar("T")
+EXIT_FAILED_ELSEWHERE = 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    run_file: Path
+    overrides: Sequence[str]
+    out: Path
+    overwrite: bool
+
+
+def run(
+    run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool, comm: MPI.Comm | None = None
+) -> int:
+    """Run a federation: all of it in one process, or this process's part of it under MPI.
+
+    Args:
+        run_file: TOML run file.
+        overrides: `section.key=value` texts.
+        out: folder for the results.
+        overwrite: whether an older run in `out` is replaced.
+        comm: communicator of the federation; by default the whole job's, if MPI started it.
+
+    Returns:
+        Exit code. A failed set-up is raised on the server and a mere code on the workers, so that
+        it is reported once.
+
+    Raises:
+        MpiFedLoraError: if the set-up failed, on the server's process.
+    """
+    request = Request(Path(run_file), overrides, Path(out).expanduser(), overwrite)
+    setup.quiet_libraries()
+    endpoint = _connect(comm)
+    try:
+        resolved, _ = _agree(endpoint, lambda: _check(request, endpoint))
+        replica, statuses = _agree(endpoint, lambda: _build(resolved.config, endpoint))
+    except MpiFedLoraError:
+        if endpoint.is_server:
+            raise
+        return EXIT_FAILED_ELSEWHERE
+    try:
+        return _take_part(request, resolved, replica, statuses, endpoint)
+    except Exception as error:
+        endpoint.abort(_last_words(error))
+        raise
+
+
+def _connect(comm: MPI.Comm | None) -> Endpoint:
+    from mpifedlora.transport import inprocess, mpi
+
+    if comm is None and not mpi.is_launched():
+        return inprocess.Alone()
+    return mpi.connect(comm) or inprocess.Alone()
+
+
+def _agree(
+    endpoint: Endpoint, work: Callable[[], tuple[T, Mapping[str, str], str]]
+) -> tuple[T, list[Status]]:
+    """Do a part of the set-up, and go on only if every process could, with the same outcome."""
+    try:
+        result, digests, device = work()
+    except Exception as error:
+        # The others are told before this process gives up: nobody waits for it.
+        endpoint.exchange(Status(endpoint.place.host, {}, error=_describe(error)))
+        raise
+    statuses = endpoint.exchange(Status(endpoint.place.host, digests, device=device))
+    check_agreement(statuses, endpoint.process_names())
+    return result, statuses
+
+
+def _check(request: Request, endpoint: Endpoint) -> tuple[ResolvedRun, Mapping[str, str], str]:
+    resolved = read_run_file(request.run_file, request.overrides)
+    if endpoint.is_server:
+        check_output_folder(request.out, overwrite=request.overwrite)
+    setup.check_inputs(resolved.config)
+    return resolved, _digests(resolved.config), ""
+
+
+def _build(config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str, str], str]:
+    place, training = endpoint.place, config.training
+    device = setup.choose_device(
+        training.device, setup.num_visible_gpus(), place.worker_index, place.num_workers
+    )
+    threads = setup.choose_threads(training.threads, place.num_processes)
+    setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)
+    data = setup.read_data(config)
+    replica = setup.build_replica(config, data, device)
+    found = {"data": data.dataset.digest, "model": replica.model.digest()}
+    return replica, {**_digests(config), **found}, device
+
+
+def _digests(config: RunConfig) -> dict[str, str]:
+    return {"package version": version("mpifedlora"), "configuration": config_digest(config)}
+
+
+def _take_part(
+    request: Request, resolved: ResolvedRun, replica: Replica, statuses: list[Status], endpoint: Endpoint
+) -> int:
+    from mpifedlora.runtime.federation import conduct
+    from mpifedlora.runtime.worker import Worker, serve
+    from mpifedlora.transport import inprocess, mpi
+
+    endpoint.open(replica.model.shapes, resolved.config.federation.num_clients)
+    if isinstance(endpoint, mpi.MpiWorker):
+        serve(Worker(endpoint.worker_id, endpoint.num_workers, replica), endpoint)
+        return 0
+    if isinstance(endpoint, mpi.MpiServer):
+        return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses)
+    own, _, device = _build(resolved.config, endpoint)
+    alone = inprocess.InProcessTransport([Worker(0, 1, own)])
+    both = [*statuses, Status(endpoint.place.host, {}, device=device)]
+    return conduct(request.out, resolved, replica, alone, endpoint.library, both)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, MpiFedLoraError):
+        return str(error)
+    return "".join(traceback.format_exception(error)).strip()[-3000:]
+
+
+def _last_words(error: Exception) -> str:
+    trace = "".join(traceback.format_exception(error)).strip()
+    return f"{trace}\nerror: {error}\nthe run ends here; what was saved before is in its folder"

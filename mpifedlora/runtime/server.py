@@ -1,0 +1,215 @@
+"""The server: it plans rounds, takes the updates in, and measures while the workers train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mpifedlora.core.ledger import Ledger, fixed_traffic
+from mpifedlora.core.metrics import Metrics
+from mpifedlora.core.rounds import Coordinator, RoundReport
+from mpifedlora.core.wire import HEADER_BYTES, VALUE_BYTES, ClientUpdate, RoundPlan, downlink_header_bytes
+from mpifedlora.io.results import Baselines, RoundRow
+from mpifedlora.runtime.evaluation import Evaluation
+from mpifedlora.training.models import FederatedModel
+from mpifedlora.transport.base import ServerTransport
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by name; `lap` gives those since the last lap."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> float:
+        """Store and return the seconds since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+        return self.seconds[name]
+
+
+class Server:
+    """Drives the rounds of one federation.
+
+    Args:
+        coordinator: the protocol and the global state.
+        transport: to the workers.
+        model: this process's copy of the global model, for measuring.
+        evaluation: what to measure.
+        evaluate_every: rounds; the last round is always measured.
+        evaluates_on_workers: whether the workers measure before they train.
+        warn: where a line that wants attention goes.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        transport: ServerTransport,
+        model: FederatedModel,
+        evaluation: Evaluation,
+        *,
+        evaluate_every: int,
+        evaluates_on_workers: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.coordinator = coordinator
+        self.transport = transport
+        self.model = model
+        self.evaluation = evaluation
+        self.evaluate_every = evaluate_every
+        self.evaluates_on_workers = evaluates_on_workers
+        num_clients = len(coordinator.next_plan.workers)
+        self.ledger = Ledger(num_clients)
+        self.cohort_sizes: list[int] = []
+        self.sent_bytes = 0
+        self.warn = warn
+        self._crossed = 0
+        self._round_ended = time.perf_counter()
+
+    def rounds(self) -> Iterator[RoundRow]:
+        """Run all rounds, and give each one's row as soon as its due evaluation is in.
+
+        The row of a round that is measured comes while the workers already train the next one.
+        """
+        waiting: RoundRow | None = None
+        watch = Stopwatch()
+        for _ in range(self.coordinator.num_rounds):
+            plan = self.coordinator.plan(evaluates=waiting is not None and self.evaluates_on_workers)
+            metrics = self._open(plan, watch, is_measured=waiting is not None)
+            if waiting is not None and metrics is not None:
+                yield _measured(waiting, metrics, watch.seconds["evaluate_s"])
+            row = self._close(plan, watch)
+            waiting = row if self._is_due(plan.round_num) else None
+            if waiting is None:
+                yield row
+        assert waiting is not None
+        yield self._measure_last(waiting, watch)
+
+    def _is_due(self, round_num: int) -> bool:
+        return round_num % self.evaluate_every == 0 or round_num == self.coordinator.num_rounds
+
+    def _open(self, plan: RoundPlan, watch: Stopwatch, *, is_measured: bool) -> Metrics | None:
+        message = self.coordinator.message
+        self.transport.broadcast(plan, message)
+        watch.lap("broadcast_s")
+        self.model.receive(plan, message)
+        metrics = self._measure(plan) if is_measured else None
+        watch.lap("evaluate_s")
+        return metrics
+
+    def _measure(self, plan: RoundPlan) -> Metrics:
+        if self.evaluates_on_workers:
+            counts = self.evaluation.counts(self.transport.num_workers)
+            return self.evaluation.metrics(self.transport.collect_predictions(counts))
+        return self.evaluation.metrics([self.evaluation.predictions(self.model, plan)])
+
+    def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
+        updates = self.transport.collect(plan)
+        watch.seconds["collect_s"] = watch.lap("collect_s") - self.transport.wait_s()
+        uplink_bytes = sum(HEADER_BYTES + update.values.nbytes for update in updates)
+        report = self.coordinator.finish(updates)
+        watch.lap("aggregate_s")
+        downlink_bytes = self.ledger.count_downlink(plan, self.coordinator.shapes)
+        self.cohort_sizes.append(len(plan.cohort))
+        self.sent_bytes += uplink_bytes + downlink_bytes
+        for client_id in report.left_out:
+            self.warn(
+                f"round {plan.round_num}: the update of client {client_id} is not finite and was left out; "
+                "a lower learning rate may help"
+            )
+        train_s = np.zeros(self.transport.num_workers)
+        for update in updates:
+            train_s[plan.workers[update.client_id]] += update.train_s
+        seconds = {**watch.seconds, "train_s": float(train_s.max()), "round_s": self._round_s()}
+        return self._row(plan, report, (uplink_bytes, downlink_bytes), seconds)
+
+    def _row(
+        self, plan: RoundPlan, report: RoundReport, num_bytes: tuple[int, int], seconds: dict[str, float]
+    ) -> RoundRow:
+        module_ranks = plan.lora_ranks if plan.scope == "adapter" else (0,) * len(plan.lora_ranks)
+        return RoundRow(
+            round_num=plan.round_num,
+            stage=plan.stage,
+            temperature=plan.temperature,
+            lora_rank_mean=float(np.mean(module_ranks)),
+            module_ranks=module_ranks,
+            uplink_bytes=num_bytes[0],
+            downlink_bytes=num_bytes[1],
+            mpi_bytes=self._newly_crossed(),
+            train_loss=report.train_loss,
+            penalty=report.penalty,
+            aggregation_error=report.aggregation_error,
+            dropped_energy=report.dropped_energy,
+            num_participants=len(report.participants),
+            **_seconds(seconds),
+            **_by_client(report.participants, len(plan.workers)),
+        )
+
+    def _round_s(self) -> float:
+        before, self._round_ended = self._round_ended, time.perf_counter()
+        return self._round_ended - before
+
+    def _newly_crossed(self) -> int:
+        before, self._crossed = self._crossed, self.transport.bytes_crossed
+        return self._crossed - before
+
+    def _measure_last(self, row: RoundRow, watch: Stopwatch) -> RoundRow:
+        plan = self.coordinator.plan(evaluates=self.evaluates_on_workers)
+        if self.evaluates_on_workers:
+            self.transport.broadcast(plan, self.coordinator.message)
+        self.model.receive(plan, self.coordinator.message)
+        metrics = self._measure(plan)
+        self.transport.broadcast(self.coordinator.stop_plan(), self.coordinator.message[:0])
+        crossed = row.mpi_bytes + self._newly_crossed()
+        return _measured(replace(row, mpi_bytes=crossed), metrics, watch.lap("evaluate_s"))
+
+    def baselines(self) -> Baselines:
+        """Compare what was sent so far with FedAvg and fixed-rank LoRA on the same rounds and cohorts."""
+        shapes, sizes = self.coordinator.shapes, self.cohort_sizes
+        full = fixed_traffic(shapes, shapes.full().num_values, sizes)
+        ranks = self.coordinator.highest_ranks()
+        fixed = fixed_traffic(shapes, shapes.adapter(ranks).num_values, sizes)
+        headers = (HEADER_BYTES + downlink_header_bytes(len(shapes.modules))) * sum(sizes)
+        return Baselines(
+            sent_bytes=self.sent_bytes,
+            full_model_bytes=full.bytes,
+            fixed_rank_bytes=fixed.bytes,
+            sent_values=(self.sent_bytes - headers) // VALUE_BYTES,
+            full_model_values=full.values,
+            fixed_rank_values=fixed.values,
+        )
+
+
+def _seconds(seconds: dict[str, float]) -> dict[str, Any]:
+    names = ("train_s", "collect_s", "aggregate_s", "broadcast_s", "round_s")
+    return {"evaluate_s": 0.0, **{name: seconds[name] for name in names}}
+
+
+def _by_client(participants: Sequence[ClientUpdate], num_clients: int) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "client_num_examples": np.zeros(num_clients, np.int64),
+        "client_train_loss": np.full(num_clients, np.nan),
+        "client_train_s": np.zeros(num_clients),
+        "client_participated": np.zeros(num_clients, bool),
+    }
+    for update in participants:
+        columns["client_num_examples"][update.client_id] = update.num_examples
+        columns["client_train_loss"][update.client_id] = update.train_loss
+        columns["client_train_s"][update.client_id] = update.train_s
+        columns["client_participated"][update.client_id] = True
+    return columns
+
+
+def _measured(row: RoundRow, metrics: Metrics, evaluate_s: float) -> RoundRow:
+    return replace(
+        row,
+        eval_loss=metrics.loss,
+        eval_accuracy=metrics.accuracy,
+        eval_macro_f1=metrics.macro_f1,
+        evaluate_s=evaluate_s,
+    )

@@ -1,0 +1,332 @@
+"""From a checked configuration to the objects of a run.
+
+The first part is cheap (no torch, no model): it finds most mistakes of a user before anything heavy
+is loaded. The second builds what every process needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpifedlora.core.batches import Indices, steps_of
+from mpifedlora.core.cohort import assign_clients, choose_cohort
+from mpifedlora.core.config import RunConfig
+from mpifedlora.core.partition import label_table, partition
+from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
+from mpifedlora.core.seeding import numpy_generator, torch_seed
+from mpifedlora.errors import ConfigError
+from mpifedlora.io.adapter_files import check_model_folder
+from mpifedlora.io.data_fetch import minilm_folder
+from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
+
+if TYPE_CHECKING:
+    from mpifedlora.core.rounds import Switches
+    from mpifedlora.runtime.evaluation import Evaluation
+    from mpifedlora.training.local import LocalSettings
+    from mpifedlora.training.models import FederatedModel
+    from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
+
+_HUB_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Find in milliseconds what is wrong with data source and model.
+
+    Raises:
+        DataError: see `mpifedlora.io.datasets.check_source`.
+        AdapterError: see `mpifedlora.io.adapter_files.check_model_folder`.
+    """
+    data = config.data
+    owner = data.partition_column if data.partition == "column" else None
+    check_source(data.source, data.test_source, data.text_column, data.label_column, owner)
+    check_model_folder(model_path(config.model.name))
+
+
+def model_path(name: str) -> str:
+    """Return the folder or hub name of a model; `minilm` is the packaged one, or else the hub's."""
+    if name != "minilm":
+        return name
+    folder = minilm_folder()
+    return str(folder) if folder else _HUB_MINILM
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """A dataset and which client owns which of its training examples."""
+
+    dataset: Dataset
+    parts: list[Indices]
+
+    @property
+    def eligible(self) -> list[int]:
+        """Ids of the clients that have examples."""
+        return [client_id for client_id, part in enumerate(self.parts) if len(part)]
+
+    def label_table(self) -> Indices:
+        """Return (num_clients, num_labels), each client's training examples by label."""
+        return label_table(self.parts, self.dataset.train.labels, len(self.dataset.label_names))
+
+
+def read_data(config: RunConfig) -> FederatedData:
+    """Read the examples and share them out."""
+    data, federation = config.data, config.federation
+    dataset = read_dataset(
+        data.source,
+        text_column=data.text_column,
+        label_column=data.label_column,
+        test_source=data.test_source,
+        test_fraction=data.test_fraction,
+        validation_fraction=data.validation_fraction,
+        partition_column=data.partition_column if data.partition == "column" else None,
+        max_examples=data.max_examples,
+        seed=federation.seed,
+    )
+    parts = partition(
+        data.partition,
+        dataset.train.labels,
+        federation.num_clients,
+        federation.seed,
+        alpha=data.alpha,
+        shards_per_client=data.shards_per_client,
+        owners=dataset.owners,
+    )
+    return FederatedData(dataset, parts)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What one process needs to train or measure: model, task and data."""
+
+    model: FederatedModel
+    task: ClassificationTask
+    evaluation: Evaluation
+    data: FederatedData
+    settings: LocalSettings
+
+    def examples_of(self) -> Callable[[int], EncodedExamples]:
+        """Return a function that gives a client's examples, tokenised when they are first needed."""
+
+        @cache
+        def encode(client_id: int) -> EncodedExamples:
+            mine = self.data.dataset.train.take(self.data.parts[client_id])
+            return self.task.encode(mine.texts, mine.labels)
+
+        return encode
+
+
+def build_replica(config: RunConfig, data: FederatedData, device: str) -> Replica:
+    """Load the model and put everything on a device.
+
+    Raises:
+        AdapterError: if the model cannot be loaded or a target module matches nothing.
+    """
+    from mpifedlora.runtime.evaluation import Evaluation
+    from mpifedlora.training.local import LocalSettings
+    from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
+
+    model = build_model(config, len(data.dataset.label_names), device)
+    task = ClassificationTask(load_tokenizer(model_path(config.model.name)), config.data.max_length, device)
+    examples = _evaluation_examples(config, data.dataset)
+    training = config.training
+    return Replica(
+        model=model,
+        task=task,
+        evaluation=Evaluation(
+            task, examples.texts, examples.labels, config.evaluation.batch_size, training.precision
+        ),
+        data=data,
+        settings=LocalSettings(
+            batch_size=training.batch_size,
+            local_steps=training.local_steps,
+            local_epochs=training.local_epochs,
+            optimizer=training.optimizer,
+            weight_decay=training.weight_decay,
+            momentum=training.momentum,
+            grad_clip=training.grad_clip,
+            precision=training.precision,
+            seed=config.federation.seed,
+        ),
+    )
+
+
+def build_model(config: RunConfig, num_labels: int, device: str = "cpu") -> FederatedModel:
+    """Load the base model, put a head and LoRA layers on it."""
+    from mpifedlora.training.base import build_base
+    from mpifedlora.training.models import FederatedModel
+
+    seed = config.federation.seed
+    base = build_base(
+        model_path(config.model.name),
+        num_labels=num_labels,
+        head=config.model.head,
+        dtype=config.model.dtype,
+        seed=torch_seed(seed, "head"),
+    )
+    lora = config.lora
+    return FederatedModel(
+        base,
+        rank_max=lora.rank_max,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        device=device,
+        seed=seed,
+    )
+
+
+def _evaluation_examples(config: RunConfig, dataset: Dataset) -> Examples:
+    evaluation = config.evaluation
+    whole = dataset.validation if evaluation.split == "validation" else dataset.test
+    if evaluation.max_examples is None or evaluation.max_examples >= len(whole):
+        return whole
+    generator = numpy_generator(config.federation.seed, "evaluation")
+    return whole.take(np.sort(generator.permutation(len(whole))[: evaluation.max_examples]))
+
+
+def build_switches(config: RunConfig, sizes: Sequence[int], num_workers: int) -> Switches:
+    """Turn a configuration into the switches of its method.
+
+    Args:
+        config: of the run.
+        sizes: training examples of each client.
+        num_workers: processes that train.
+    """
+    from mpifedlora.core.aggregation import AGGREGATORS
+    from mpifedlora.core.rounds import Switches
+
+    training, initiating = config.training, config.initiating
+    num_rounds = config.federation.num_rounds
+
+    def learning_rate(round_num: int, scope: str) -> float:
+        rate = training.full_learning_rate if scope == "full" else training.learning_rate
+        return rate * learning_rate_factor(training.learning_rate_schedule, round_num, num_rounds)
+
+    def mu(round_num: int) -> float:
+        if round_num > initiating.rounds:
+            return training.mu
+        return proximal_weight(initiating.mu, initiating.mu_schedule, round_num, initiating.rounds)
+
+    return Switches(
+        schedule=rank_schedule(config),
+        initiating_scope=initiating.scope,
+        scope=training.scope,
+        aggregator=AGGREGATORS[config.aggregation.kind],
+        freezes=config.annealing.cut == "freeze",
+        learning_rate=learning_rate,
+        mu=mu,
+        choose_workers=partial(_choose_workers, config, sizes, num_workers),
+    )
+
+
+def rank_schedule(config: RunConfig) -> RankSchedule:
+    """Return the schedule of stages and rank budgets."""
+    annealing = config.annealing
+    return RankSchedule(
+        kind=annealing.schedule,
+        num_rounds=config.federation.num_rounds,
+        initiating_rounds=config.initiating.rounds,
+        heating_rounds=annealing.heating_rounds,
+        cooling_rounds=annealing.cooling_rounds,
+        rank_max=config.lora.rank_max,
+        rank_min=config.lora.rank_min,
+        exponential_end=annealing.exponential_end,
+        num_steps=annealing.num_steps,
+    )
+
+
+def _choose_workers(
+    config: RunConfig, sizes: Sequence[int], num_workers: int, round_num: int
+) -> tuple[int, ...]:
+    federation, training = config.federation, config.training
+    eligible = [client_id for client_id, size in enumerate(sizes) if size]
+    cohort = choose_cohort(eligible, federation.cohort_size, federation.seed, round_num)
+    load = {
+        client_id: training.batch_size
+        * steps_of(sizes[client_id], training.batch_size, training.local_steps, training.local_epochs)
+        for client_id in cohort
+    }
+    workers = assign_clients(cohort, load, num_workers)
+    return tuple(workers.get(client_id, -1) for client_id in range(len(sizes)))
+
+
+def choose_threads(requested: int | None, num_processes: int) -> int:
+    """Return the CPU threads of one process: as asked for, or a fair share of the node's cores.
+
+    Args:
+        requested: `[training] threads`.
+        num_processes: of this job on the node.
+    """
+    if requested is not None:
+        return requested
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A launcher that binds processes to cores has divided them already.
+    share = (os.cpu_count() or 1) // num_processes
+    return max(1, min(available, share))
+
+
+def choose_device(requested: str, num_visible: int, worker_index: int, num_workers: int) -> str:
+    """Return the device of one process, without any host name.
+
+    Workers take the visible GPUs in turn, by their number among the node's workers. The server's
+    number is num_workers: it takes a GPU only if there is one more than the workers need.
+
+    Args:
+        requested: `auto`, `cpu` or `cuda`.
+        num_visible: GPUs that this process sees.
+        worker_index: 0..num_workers-1 for workers, num_workers for the server.
+        num_workers: workers on this node.
+
+    Raises:
+        ConfigError: if `cuda` is asked for and a worker sees no GPU.
+
+    >>> [choose_device("auto", 2, index, 3) for index in range(4)]
+    ['cuda:0', 'cuda:1', 'cuda:0', 'cpu']
+    """
+    is_server = worker_index == num_workers
+    if requested == "cuda" and num_visible == 0 and not is_server:
+        raise ConfigError(
+            'training.device = "cuda" needs a GPU on every worker, got none '
+            f'(worker {worker_index} of its node); use device = "auto", or ask the scheduler for GPUs'
+        )
+    if requested == "cpu" or num_visible == 0 or (is_server and num_visible <= num_workers):
+        return "cpu"
+    return f"cuda:{worker_index % num_visible}"
+
+
+def configure_torch(threads: int, device: str, *, is_deterministic: bool) -> None:
+    """Fix threads and, where asked for, deterministic GPU kernels."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        if is_deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def num_visible_gpus() -> int:
+    """Return the CUDA devices that this process sees."""
+    import torch
+
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
+def digests(config_digest: str, version: str, data: str = "", model: str = "") -> Mapping[str, str]:
+    """Return what every process must agree on, by field of `mpifedlora.core.agreement.FIELDS`."""
+    return {"package version": version, "configuration": config_digest, "data": data, "model": model}
+
+
+def quiet_libraries() -> None:
+    """Keep model libraries from drawing bars and reports into a job's log."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

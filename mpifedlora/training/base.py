@@ -1,0 +1,124 @@
+"""Pre-trained base models with a task head that fits them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpifedlora.errors import AdapterError
+
+# Features of sentence encoders are small (about 0.05 a value); a linear head on them learns at the
+# adapter's learning rate only if they are scaled up. Measured on MiniLM and 20 Newsgroups.
+FEATURE_SCALE = 10.0
+
+
+class BaseModel(NamedTuple):
+    """A base model and the names of the modules that make its task head."""
+
+    module: nn.Module
+    head_names: tuple[str, ...]
+
+
+class Logits(NamedTuple):
+    """What a classifier returns: `logits` (examples, num_labels)."""
+
+    logits: Tensor
+
+
+class MeanPoolingClassifier(nn.Module):
+    """A linear head on the mean of an encoder's token features, as sentence encoders want it.
+
+    Args:
+        encoder: transformers encoder with `last_hidden_state` (examples, tokens, hidden).
+        num_labels: classes.
+
+    References:
+        Sentence-BERT, arXiv 1908.10084, section 3 (mean pooling).
+    """
+
+    def __init__(self, encoder: Any, num_labels: int) -> None:
+        super().__init__()
+        self.config = encoder.config
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Logits:
+        """Return logits (examples, num_labels) of padded token ids (examples, tokens)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+        return Logits(self.classifier(mean.to(self.classifier.weight.dtype) * FEATURE_SCALE))
+
+
+def build_base(
+    name: str, *, num_labels: int, head: str = "auto", dtype: str = "float32", seed: int = 0
+) -> BaseModel:
+    """Load a pre-trained model and put a fresh head on it, the same on every process.
+
+    Args:
+        name: folder, or hub name.
+        num_labels: classes.
+        head: `mean_pooling`, `stock` or `auto` (see `[model] head`).
+        dtype: of the base weights; the head is float32.
+        seed: of the head's initial weights.
+
+    Raises:
+        AdapterError: if there is no such model, or it has no weights.
+    """
+    kind = ("mean_pooling" if wants_mean_pooling(name) else "stock") if head == "auto" else head
+    torch.manual_seed(seed)
+    try:
+        base = _BUILDERS[kind](name, num_labels, getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"model.name must be a pre-trained model that transformers can load, got {name} ({reason}); "
+            'give a folder with config.json and weights, a hub name, or "minilm"'
+        ) from error
+    for head_name in base.head_names:
+        base.module.get_submodule(head_name).float().register_forward_pre_hook(_to_float32)
+    return base
+
+
+def wants_mean_pooling(name: str) -> bool:
+    """Say whether a model folder asks for mean pooling (sentence-transformers' pooling file)."""
+    file = Path(name) / "1_Pooling" / "config.json"
+    return file.is_file() and bool(json.loads(file.read_text()).get("pooling_mode_mean_tokens"))
+
+
+def _mean_pooling(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
+    from transformers import AutoConfig, AutoModel
+
+    kind = AutoConfig.from_pretrained(name).model_type
+    # BERT's pooler would be trained by nobody and yet exchanged by the full scope.
+    options = {"add_pooling_layer": False} if kind in _WITH_POOLER else {}
+    encoder = AutoModel.from_pretrained(name, dtype=dtype, **options)
+    return BaseModel(MeanPoolingClassifier(encoder, num_labels), ("classifier",))
+
+
+def _stock(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
+    from transformers import AutoModelForSequenceClassification
+
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=num_labels, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    fresh = {str(key[0] if isinstance(key, tuple) else key) for key in report["missing_keys"]}
+    fresh |= {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]}
+    prefix = model.base_model_prefix + "."
+    heads = {key.removeprefix(prefix).split(".")[0] for key in fresh if not key.startswith(prefix)}
+    inner = {key.rpartition(".")[0] for key in fresh if key.startswith(prefix)}
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    return BaseModel(model, tuple(sorted(heads | inner)) or ("classifier",))
+
+
+_WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet", "albert", "camembert"}
+_BUILDERS = {"mean_pooling": _mean_pooling, "stock": _stock}
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if isinstance(value, Tensor) else value for value in inputs)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpifedlora.core.config import FederationConfig, RunConfig
+from mpifedlora.core.methods import DEFAULT_METHOD, METHODS, apply_method, find_method
+from mpifedlora.errors import ConfigError
+
+
+def choose(method: str, **tables: Any) -> dict[str, Any]:
+    return {"federation": {"method": method}, **tables}
+
+
+def test_default_is_the_models_default() -> None:
+    assert FederationConfig.model_validate({}).method == DEFAULT_METHOD
+    silent, named = apply_method({})[0], apply_method(choose(DEFAULT_METHOD))[0]
+    assert {**silent, "federation": {"method": DEFAULT_METHOD}} == named
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_switches_are_keys_of_the_models(method: Any) -> None:
+    tables, _ = apply_method(choose(method.name, model={"name": "m"}, data={"source": "d"}))
+    config = RunConfig.model_validate(tables)
+    for dotted, value in {**method.settings, **method.defaults}.items():
+        section, _, key = dotted.partition(".")
+        assert getattr(getattr(config, section), key) == value
+
+
+def test_settings_win_and_the_ignored_keys_are_named() -> None:
+    raw = choose("fedavg", training={"mu": 0.5, "scope": "full"}, initiating={"rounds": 3})
+    tables, ignored = apply_method(raw)
+    assert tables["training"] == {"mu": 0.0, "scope": "full"}
+    assert tables["initiating"] == {"rounds": 0}
+    assert ignored == ("initiating.rounds", "training.mu")
+
+
+def test_defaults_apply_where_the_file_is_silent() -> None:
+    assert apply_method(choose("fedprox"))[0]["training"]["mu"] == 0.01
+    tables, ignored = apply_method(choose("fedprox", training={"mu": 0.3}))
+    assert (tables["training"]["mu"], ignored) == (0.3, ())
+
+
+@pytest.mark.parametrize("mu", [0, 0.0, -0.0])
+def test_fedprox_without_its_term_is_refused(mu: float) -> None:
+    with pytest.raises(ConfigError, match=r"training\.mu must be above 0 .* fedprox is fedavg"):
+        apply_method(choose("fedprox", training={"mu": mu}))
+
+
+def test_custom_leaves_every_switch() -> None:
+    raw = choose("custom", training={"scope": "full", "mu": 1.0}, aggregation={"kind": "factors"})
+    assert apply_method(raw) == (raw, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("fedvag", 'did you mean "fedavg"'),
+        ("FedProx", 'did you mean "fedprox"'),
+        ("zzz", "mpifedlora methods"),
+        ("", "mpifedlora methods"),
+        ("line\nbreak" * 99, "mpifedlora methods"),
+    ],
+)
+def test_unknown_method(name: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        find_method(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [{"federation": 3}, {"federation": {"method": 3}}, {"training": []}])
+def test_wrong_types_are_left_to_the_models(raw: dict[str, Any]) -> None:
+    tables, ignored = apply_method(raw)
+    assert ignored == ()
+    assert {name: tables[name] for name in raw} == raw
+
+
+values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
+keys = st.sampled_from(["scope", "rounds", "schedule", "kind", "mu", "other"])
+sections = st.sampled_from(["training", "initiating", "annealing", "aggregation", "other"])
+raws = st.dictionaries(sections, values | st.dictionaries(keys, values, max_size=4), max_size=5)
+
+
+@given(raws, st.sampled_from([name for name in METHODS if name != "fedprox"]))
+def test_applying_twice_is_applying_once(tables: dict[str, Any], name: str) -> None:
+    raw = choose(name, **tables)
+    before = copy.deepcopy(raw)
+    once, ignored = apply_method(raw)
+    assert repr(raw) == repr(before)
+    assert repr(apply_method(once)) == repr((once, ()))
+    assert set(ignored) <= set(METHODS[name].settings)
