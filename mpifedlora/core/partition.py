@@ -67,7 +67,7 @@ def partition(
     """
     if kind not in _KINDS:
         raise ConfigError(f"partition must be one of {', '.join(_KINDS)}, got {kind!r}; choose one of them")
-    generator = numpy_generator(seed, f"partition-{kind}")
+    generator = numpy_generator(seed, "partition")
     request = _Request(labels, num_clients, generator, alpha, shards_per_client, owners)
     _check(request)
     return _group(_KINDS[kind](request), num_clients)

@@ -148,40 +148,40 @@ def explain(error: ValidationError, tables: Tables, origin: Origin) -> dict[str,
 
 
 def _explain_one(detail: ErrorDetails, tables: Tables, origin: Origin) -> str:
-    section, key, *_ = (*map(str, detail["loc"]), "", "")
-    dotted = f"{section}.{key}" if key else section
-    if detail["type"] == "value_error":
-        return locate(detail["msg"].removeprefix("Value error, "), origin.of(dotted))
-    if detail["type"] == "missing":
-        return _explain_missing(section, origin)
-    if detail["type"] == "extra_forbidden":
-        return locate(
-            _unknown_key(section, key) if key else _unknown_section(section, tables), origin.of(dotted)
-        )
-    if not key:
-        return locate(
-            f"[{section}] must be a table, got {show(tables[section])}; write it as [{section}]", origin.file
-        )
-    message = _wrong_value(detail["type"], section_schema(section)[key], tables[section][key])
-    return locate(f"{dotted} {message}", origin.of(dotted))
-
-
-def _explain_missing(section: str, origin: Origin) -> str:
-    key, schema = next(
-        (key, schema) for key, schema in section_schema(section).items() if "default" not in schema
+    kind, names = detail["type"], [str(name) for name in detail["loc"][:2]]
+    place = origin.of(".".join(names))
+    if kind == "value_error":
+        return locate(detail["msg"].removeprefix("Value error, "), place)
+    if kind == "missing":
+        return locate(_missing(*names), f"{origin.file}: [{names[0]}]")
+    if kind == "extra_forbidden":
+        return locate(_unknown_key(*names) if len(names) > 1 else _unknown_table(names[0], tables), place)
+    if len(names) == 1:
+        return locate(_no_table(names[0], tables), origin.file)
+    section, key = names
+    return locate(
+        f"{section}.{key} {_wrong_value(kind, section_schema(section)[key], tables[section][key])}", place
     )
-    meaning = schema["description"].rstrip(".")
-    fact = f"{section}.{key} must be given, got nothing"
-    return locate(f"{fact}; add {key} to [{section}]: {meaning}", f"{origin.file}: [{section}]")
+
+
+def _missing(section: str, key: str = "") -> str:
+    schemas = section_schema(section)
+    wanted = key or next(name for name, schema in schemas.items() if "default" not in schema)
+    meaning = schemas[wanted]["description"].rstrip(".")
+    return f"{section}.{wanted} must be given, got nothing; add {wanted} to [{section}]: {meaning}"
+
+
+def _no_table(name: str, tables: Tables) -> str:
+    return f"[{name}] must be a table, got {show(tables[name])}; write it as [{name}]"
 
 
 def _unknown_key(section: str, key: str) -> str:
     known = list(section_schema(section))
     remedy = _near(key, known) or _elsewhere(key) or f"known keys are {', '.join(known)}"
-    return f"[{section}] must hold known keys only, got {shorten(key)}; {remedy}"
+    return f"[{section}] must hold known keys only, got {shorten(key) or repr(key)}; {remedy}"
 
 
-def _unknown_section(name: str, tables: Tables) -> str:
+def _unknown_table(name: str, tables: Tables) -> str:
     known = list(section_models())
     remedy = _near(name, known) or f"known tables are {', '.join(known)}"
     if isinstance(tables[name], Mapping):

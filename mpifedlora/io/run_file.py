@@ -81,6 +81,10 @@ def write_run_file(config: RunConfig) -> str:
     Returns:
         TOML that `read_run_file` reads back to an equal configuration, each key under its description.
         Keys without a value are left out.
+
+    >>> tables = {"model": {"name": "minilm"}, "data": {"source": "reuters-r8"}}
+    >>> 'source = "reuters-r8"' in write_run_file(RunConfig.model_validate(tables))
+    True
     """
     head = "# The resolved configuration of one run, itself a run file.\n"
     parts = (_write_table(name, getattr(config, name)) for name in type(config).model_fields)
@@ -95,6 +99,10 @@ def config_digest(config: RunConfig) -> str:
 
     Returns:
         SHA-256 over its canonical JSON, 64 hexadecimal digits; equal for equal configurations.
+
+    >>> tables = {"model": {"name": "minilm"}, "data": {"source": "reuters-r8"}}
+    >>> len(config_digest(RunConfig.model_validate(tables)))
+    64
     """
     tables = {
         name: {key: _canonical(value) for key, value in table.items()}

@@ -1,18 +1,20 @@
 """What the terminal shows of a run: a live bar and one lasting line per round, or plain lines.
 
-Under mpirun the output is usually no terminal: then every line is written at once, has no control
-characters, and keeps the words and single spaces that `grep` looks for.
+Where the output is no terminal, every line is written at once, has no control characters, and
+keeps the words and single spaces that `grep` looks for.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TextIO
 
 import rich.progress
 from rich import box
@@ -24,6 +26,16 @@ from mpifedlora.io.results import Baselines, RoundRow
 
 RECENT_ROUNDS = 5
 _OUTPUT_FAILURES = (OSError, ValueError)  # ValueError: a closed stream
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Tell whether someone can watch a live bar there."""
+    # Open MPI gives every process a terminal of its own, even where mpirun writes to a file: that
+    # one has no size. Where mpirun is on a real terminal, it has the real one's.
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def human_bytes(count: int) -> str:
@@ -135,8 +147,8 @@ class Progress:
     """
 
     def __init__(self, num_rounds: int, console: Console | None = None) -> None:
-        # isatty alone decides: FORCE_COLOR would make rich draw a live bar into a log file.
-        self._console = console or Console(force_terminal=sys.stdout.isatty())
+        # Decided here: with FORCE_COLOR set rich would draw a live bar into a log file.
+        self._console = console or Console(force_terminal=is_terminal(sys.stdout))
         self._num_rounds = num_rounds
         self._recent_s: deque[float] = deque(maxlen=RECENT_ROUNDS)
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal

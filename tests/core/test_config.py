@@ -24,7 +24,7 @@ def test_only_model_and_data_must_be_given() -> None:
 
 def test_values_are_fixed() -> None:
     with pytest.raises(ValidationError):
-        build().lora.rank_max = 8  # type: ignore[misc]
+        build().lora.rank_max = 8
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpifedlora.core.config import FederationConfig, RunConfig
@@ -85,6 +85,7 @@ sections = st.sampled_from(["training", "initiating", "annealing", "aggregation"
 raws = st.dictionaries(sections, values | st.dictionaries(keys, values, max_size=4), max_size=5)
 
 
+@settings(deadline=None, max_examples=60)
 @given(raws, st.sampled_from([name for name in METHODS if name != "fedprox"]))
 def test_applying_twice_is_applying_once(tables: dict[str, Any], name: str) -> None:
     raw = choose(name, **tables)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpifedlora.core.seeding import numpy_generator, torch_seed
@@ -23,12 +23,14 @@ SCRIPT = (
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(KEYS)
 def test_the_same_key_starts_the_same_stream(key: Key) -> None:
     assert np.array_equal(numpy_generator(*key).random(4), numpy_generator(*key).random(4))
     assert torch_seed(*key) == torch_seed(*key)
 
 
+@settings(max_examples=40, deadline=None)
 @given(KEYS, KEYS)
 def test_different_keys_start_different_streams(one: Key, other: Key) -> None:
     same = one == other
@@ -36,6 +38,7 @@ def test_different_keys_start_different_streams(one: Key, other: Key) -> None:
     assert (torch_seed(*one) == torch_seed(*other)) is same
 
 
+@settings(max_examples=40, deadline=None)
 @given(KEYS)
 def test_torch_takes_the_seed(key: Key) -> None:
     assert 0 <= torch_seed(*key) < 2**63

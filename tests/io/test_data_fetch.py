@@ -68,6 +68,7 @@ def without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy the wheel in place of the download, for tests of what comes after it."""
 
     def copy(wheel: Wheel, folder: Path) -> Path:
+        assert folder.parent == cache_folder(), "os.replace is atomic within one file system"
         (archive,) = (tmp_path / "index").glob("*.whl")
         return Path(shutil.copy(archive, folder))
 

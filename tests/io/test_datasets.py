@@ -222,6 +222,8 @@ def test_max_examples_draws_training_examples_before_validation(write: Write) ->
         read_dataset(source, max_examples=20, test_source=source, seed=seed).train.texts for seed in range(3)
     }
     assert len(texts) == 3
+    order = [text for text, _, _ in many(60)]
+    assert list(dataset.train.texts) == sorted(dataset.train.texts, key=order.index)
     everything = read_dataset(source, max_examples=48).train
     assert (
         everything.texts
@@ -253,6 +255,7 @@ def test_the_same_arguments_give_the_same_dataset_and_the_seed_matters(write: Wr
         [("buy now", "ham", "ann"), *ROWS[1:]],
         [("buy now", "spam", "bob"), *ROWS[1:]],
         [*ROWS[1:], ROWS[0]],
+        [ROWS[0], ("hi", "ham", "bob"), (ROWS[2][0][2:], "ham", "ann"), ROWS[3]],
         [*ROWS, ROWS[0]],
         [(text, {"ham": "eggs"}.get(label, label), user) for text, label, user in ROWS],
     ],

@@ -328,7 +328,7 @@ def test_killed_at_any_instant_the_file_reads_and_holds_every_finished_round(tmp
     write_rounds(path, 0)
     writers, chance = Writers(path), random.Random(0)
     try:
-        for instant in ["half-written", "before-replace", "after-replace"] + ["random"] * 25:
+        for instant in ["half-written", "before-replace", "after-replace"] + ["random"] * 15:
             before = path.stat().st_ino
             written = writers.run_until_killed(instant, chance.uniform(0, 0.06))
             assert_complete(path, written)

@@ -42,7 +42,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
     return read_text
 
 
-def refuse(read: Read, *args: Any) -> str:
+def refuse(read: Callable[..., ResolvedRun], *args: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         read(*args)
     return str(caught.value)
@@ -178,12 +178,12 @@ def test_names_that_are_no_files_stay(read: Read, name: str) -> None:
 def test_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("newsgroups.toml").write_text(MINIMAL)
-    message = str(pytest.raises(ConfigError, read_run_file, "newsgroup.toml").value)
+    message = refuse(read_run_file, "newsgroup.toml")
     looked = tmp_path / "newsgroup.toml"
     assert message == (
         f"the run file must exist, got newsgroup.toml (looked for {looked}); did you mean newsgroups.toml?"
     )
-    assert "check the path" in str(pytest.raises(ConfigError, read_run_file, "absent/zzz.toml").value)
+    assert "check the path" in refuse(read_run_file, "absent/zzz.toml")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_what_is_no_file(path: str, part: str) -> None:
-    message = str(pytest.raises(ConfigError, read_run_file, path).value)
+    message = refuse(read_run_file, path)
     assert part in message
     assert message.startswith("the run file must")
     assert "\n" not in message
@@ -213,7 +213,10 @@ def test_what_is_no_file(path: str, part: str) -> None:
         (b"#" * 70_000, ["at most 64 KiB"]),
         ("x = " + "[" * 5000, ["brackets nested too deeply (run.toml)"]),
         ("x = " + "9" * 5000, ["too long a number (run.toml)"]),
-        (MINIMAL + "[lora]\nalpha = abc\n", ["got `alpha = abc` (run.toml, line 6, column 9: Invalid value)"]),
+        (
+            MINIMAL + "[lora]\nalpha = abc\n",
+            ["got `alpha = abc` (run.toml, line 6, column 9: Invalid value)"],
+        ),
         (MINIMAL + "[lora]\nrank max = 3\n", ["got `rank max = 3` (run.toml, line 6"]),
         (MINIMAL + "[lora]\nalpha = [1,\n", ["got `alpha = [1,` (run.toml, "]),
         (MINIMAL + "[lora]\nalpha = 1\nalpha = 2\n", ["got `alpha = 2` (run.toml", "no key may stand twice"]),
@@ -232,7 +235,10 @@ def test_text_that_is_no_toml(read: Read, text: str | bytes, parts: list[str]) -
     ("line", "message"),
     [
         ("rank_max = 0", "lora.rank_max must be at least 1, got 0 {at}; raise it, or leave it out for 16"),
-        ("rank_max = true", "lora.rank_max must be a whole number, at least 1, got true {at}; write a number"),
+        (
+            "rank_max = true",
+            "lora.rank_max must be a whole number, at least 1, got true {at}; write a number",
+        ),
         (
             'rank_max = "3"',
             'lora.rank_max must be a whole number, at least 1, got "3" {at}; write a number without quotes',
@@ -243,8 +249,8 @@ def test_text_that_is_no_toml(read: Read, text: str | bytes, parts: list[str]) -
         ),
         (
             f"rank_max = {10**30}",
-            f"lora.rank_max must be at least 1 and at most {LARGEST_INT}, got a huge number {{at}}; lower it, "
-            "or leave it out for 16",
+            f"lora.rank_max must be at least 1 and at most {LARGEST_INT}, got a huge number {{at}}; lower "
+            "it, or leave it out for 16",
         ),
         ("alpha = 0", "lora.alpha must be above 0, got 0 {at}; raise it, or leave it out for 32.0"),
         ("alpha = nan", "lora.alpha must be finite, got nan {at}; write a finite number"),
@@ -277,8 +283,8 @@ def test_text_that_is_no_toml(read: Read, text: str | bytes, parts: list[str]) -
         ),
         (
             "zzz = 3",
-            "[lora] must hold known keys only, got zzz {at}; known keys are rank_max, rank_min, alpha, dropout, "
-            "target_modules, modules_to_save",
+            "[lora] must hold known keys only, got zzz {at}; known keys are rank_max, rank_min, alpha, "
+            "dropout, target_modules, modules_to_save",
         ),
     ],
 )
@@ -289,7 +295,13 @@ def test_wrong_keys_and_values(read: Read, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("", ["model.name must be given, got nothing (run.toml: [model]); add name", "\ndata.source must be"]),
+        (MINIMAL + "[lora]\n'' = 3\n", ["[lora] must hold known keys only, got '' (run.toml: [lora])"]),
+        ("'' = 3\n" + MINIMAL, ["must hold keys in tables only"]),
+        ("[model]\n[data]\nsource = 'x'\n", ["model.name must be given, got nothing (run.toml: [model])"]),
+        (
+            "",
+            ["model.name must be given, got nothing (run.toml: [model]); add name", "\ndata.source must be"],
+        ),
         ("lora = 3\n" + MINIMAL, ["[lora] must be a table, got 3 (run.toml); write it as [lora]"]),
         ("[[model]]\nname = 'x'\n[data]\nsource = 'x'\n", ["[model] must be a table, got [a table]"]),
         ("num_rounds = 3\n" + MINIMAL, ["got num_rounds (run.toml); num_rounds belongs in [federation]"]),
@@ -397,12 +409,12 @@ def shared_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs") / "run.toml"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(tables=RUNS, method=st.sampled_from(list(METHODS)))
 def test_what_is_written_reads_back(shared_file: Path, tables: dict[str, Any], method: str) -> None:
     tables["federation"]["method"] = method
-    if method == "fedprox" and tables["training"].get("mu", 1) == 0:
-        tables["training"]["mu"] = 0.5
+    if method == "fedprox":
+        tables["training"]["mu"] = tables["training"].get("mu") or 0.5
     start = RunConfig.model_validate(tables)
     shared_file.write_text(write_run_file(start), encoding="utf-8", newline="")
     first = read_run_file(shared_file)
@@ -418,10 +430,11 @@ def test_every_key_is_written_under_its_description(read: Read) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(one=RUNS, other=RUNS)
 def test_digests_are_equal_for_equal_configurations_only(one: Any, other: Any) -> None:
     first, second = RunConfig.model_validate(one), RunConfig.model_validate(other)
+    assert config_digest(first) == config_digest(RunConfig.model_validate(first.model_dump()))
     assert (config_digest(first) == config_digest(second)) == (first == second)
 
 
@@ -438,17 +451,23 @@ scalars = st.one_of(
     st.floats().map(str),
     st.booleans().map(lambda value: str(value).lower()),
     st.text(max_size=8).map(lambda value: json.dumps(value, ensure_ascii=False)),
-    st.sampled_from(["[]", "{}", "[[1]]", "{a.b=1}", "1979-05-27T07:32:00Z", "07:32:00", "0xff", "[nan]", ""]),
+    st.sampled_from(
+        ["[]", "{}", "[[1]]", "{a.b=1}", "1979-05-27T07:32:00Z", "07:32:00", "0xff", "[nan]", ""]
+    ),
 )
 known_keys = [key for section in section_models() for key in section_schema(section)]
 key_texts = st.sampled_from([*known_keys, '"a b"', '"\\n"', "a.b", "rank-max", "''"])
-headers = st.sampled_from([*(f"[{name}]" for name in section_models()), "[x]", "[[lora]]", "[model.name]", ""])
+headers = st.sampled_from(
+    [*(f"[{name}]" for name in section_models()), "[x]", "[[lora]]", "[model.name]", ""]
+)
 hostile_lines = st.one_of(headers, st.tuples(key_texts, scalars).map(" = ".join), st.text(max_size=6))
 hostile_texts = st.lists(hostile_lines, max_size=12).map("\n".join).map(str.encode)
 
 
-@settings(deadline=None, max_examples=150)
-@given(content=hostile_texts | st.binary(max_size=60) | hostile_texts.map(lambda text: MINIMAL.encode() + text))
+@settings(deadline=None, max_examples=100)
+@given(
+    content=hostile_texts | st.binary(max_size=60) | hostile_texts.map(lambda text: MINIMAL.encode() + text)
+)
 def test_hostile_files_raise_nothing_but_config_errors(shared_file: Path, content: bytes) -> None:
     shared_file.write_bytes(content)
     _read_or_refuse(shared_file, [])
@@ -459,7 +478,7 @@ hostile_overrides = st.tuples(
 ).map(lambda parts: f"{parts[0]}.{parts[1]}={parts[2]}")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(changes=st.lists(hostile_overrides | st.text(max_size=12), max_size=3))
 def test_hostile_overrides_raise_nothing_but_config_errors(shared_file: Path, changes: list[str]) -> None:
     shared_file.write_text(MINIMAL)
@@ -472,7 +491,7 @@ def _read_or_refuse(path: Path, changes: list[str]) -> None:
     except ConfigError as error:
         lines = str(error).split("\n")
         assert 1 <= len(lines) <= 11
-        assert all(line.isprintable() and " (" in line + " (" for line in lines)
+        assert all(line.isprintable() for line in lines)
     else:
         assert isinstance(run, ResolvedRun)
 

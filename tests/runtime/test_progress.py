@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import math
+import os
 import re
+import struct
+import termios
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mpifedlora.io.results import Baselines, RoundRow
-from mpifedlora.runtime.progress import Progress, format_row, human_bytes, human_time, summarise
+from mpifedlora.runtime.progress import Progress, format_row, human_bytes, human_time, is_terminal, summarise
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 FILES = {"results": "runs/demo/results.h5", "adapter": "runs/demo/adapter"}
@@ -228,6 +233,21 @@ class TestTerminal:
     def test_a_dumb_terminal_gets_plain_lines(self) -> None:
         console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
         assert "\x1b" not in show_run(console)
+
+
+@pytest.mark.parametrize(("columns", "is_live"), [(0, False), (100, True)])
+def test_only_a_terminal_with_a_size_is_one(columns: int, is_live: bool) -> None:
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    with os.fdopen(leader, "rb"), os.fdopen(follower, "w") as stream:
+        assert is_terminal(stream) == is_live
+
+
+def test_a_file_and_a_closed_stream_are_no_terminals(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "w") as stream:
+        assert not is_terminal(stream)
+    assert not is_terminal(stream)
+    assert not is_terminal(io.StringIO())
 
 
 class TestTimeLeft:
