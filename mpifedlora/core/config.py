@@ -41,6 +41,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Data type of the base weights; adapters are always float32."
     )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout inside the base model; by default the model's own."
+    )
     head: Literal["auto", "mean_pooling", "stock"] = Field(
         "auto",
         description="Task head. `mean_pooling`: linear layer on mean-pooled token features, which fits "

@@ -166,6 +166,7 @@ def build_model(config: RunConfig, num_labels: int, device: str = "cpu") -> Fede
         num_labels=num_labels,
         head=config.model.head,
         dtype=config.model.dtype,
+        dropout=config.model.dropout,
         seed=torch_seed(seed, "head"),
     )
     lora = config.lora

@@ -55,7 +55,13 @@ class MeanPoolingClassifier(nn.Module):
 
 
 def build_base(
-    name: str, *, num_labels: int, head: str = "auto", dtype: str = "float32", seed: int = 0
+    name: str,
+    *,
+    num_labels: int,
+    head: str = "auto",
+    dtype: str = "float32",
+    dropout: float | None = None,
+    seed: int = 0,
 ) -> BaseModel:
     """Load a pre-trained model and put a fresh head on it, the same on every process.
 
@@ -64,6 +70,7 @@ def build_base(
         num_labels: classes.
         head: `mean_pooling`, `stock` or `auto` (see `[model] head`).
         dtype: of the base weights; the head is float32.
+        dropout: probability in all of the model's dropout layers; None leaves them as they are.
         seed: of the head's initial weights.
 
     Raises:
@@ -81,6 +88,10 @@ def build_base(
         ) from error
     for head_name in base.head_names:
         base.module.get_submodule(head_name).float().register_forward_pre_hook(_to_float32)
+    if dropout is not None:
+        for module in base.module.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
     return base
 
 
