@@ -4,7 +4,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {"load_base_model": "mpifedlora.training.models"}
+_HOMES = {"load_base_model": "mpifedlora.runtime.loading"}
 
 __all__ = ["__version__", "load_base_model"]
 

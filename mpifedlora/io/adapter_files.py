@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mpifedlora.errors import AdapterError, CheckpointError, ConfigError
-from mpifedlora.io.results import replace_file
+from mpifedlora.io.atomic import replace_file
 
 RESULTS_FILE = "results.h5"
 RUN_FILE = "run.toml"

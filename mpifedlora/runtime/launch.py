@@ -18,9 +18,8 @@ from mpifedlora.runtime import setup
 from mpifedlora.transport.base import Endpoint
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from mpifedlora.runtime.setup import Replica
+    from mpifedlora.transport.mpi import Communicator
 
 T = TypeVar("T")
 EXIT_FAILED_ELSEWHERE = 2
@@ -37,7 +36,7 @@ class Request:
 
 
 def run(
-    run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool, comm: MPI.Comm | None = None
+    run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool, comm: Communicator | None = None
 ) -> int:
     """Run a federation: all of it in one process, or this process's part of it under MPI.
 
@@ -72,7 +71,7 @@ def run(
         raise
 
 
-def _connect(comm: MPI.Comm | None) -> Endpoint:
+def _connect(comm: Communicator | None) -> Endpoint:
     from mpifedlora.transport import inprocess, mpi
 
     if comm is None and not mpi.is_launched():

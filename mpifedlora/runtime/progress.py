@@ -22,7 +22,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mpifedlora.io.results import Baselines, RoundRow
+from mpifedlora.io.results_schema import Baselines, RoundRow
 
 RECENT_ROUNDS = 5
 _OUTPUT_FAILURES = (OSError, ValueError)  # ValueError: a closed stream

@@ -13,7 +13,7 @@ from mpifedlora.core.ledger import Ledger, fixed_traffic
 from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.rounds import Coordinator, RoundReport
 from mpifedlora.core.wire import HEADER_BYTES, VALUE_BYTES, ClientUpdate, RoundPlan, downlink_header_bytes
-from mpifedlora.io.results import Baselines, RoundRow
+from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.evaluation import Evaluation
 from mpifedlora.training.models import FederatedModel
 from mpifedlora.transport.base import ServerTransport
@@ -44,6 +44,7 @@ class Server:
         evaluate_every: rounds; the last round is always measured.
         evaluates_on_workers: whether the workers measure before they train.
         warn: where a line that wants attention goes.
+        started: told of each round when its plan has gone out.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Server:
         evaluate_every: int,
         evaluates_on_workers: bool,
         warn: Callable[[str], None],
+        started: Callable[[RoundPlan], None],
     ) -> None:
         self.coordinator = coordinator
         self.transport = transport
@@ -67,7 +69,7 @@ class Server:
         self.ledger = Ledger(num_clients)
         self.cohort_sizes: list[int] = []
         self.sent_bytes = 0
-        self.warn = warn
+        self.warn, self.started = warn, started
         self._crossed = 0
         self._round_ended = time.perf_counter()
 
@@ -97,6 +99,7 @@ class Server:
         message = self.coordinator.message
         self.transport.broadcast(plan, message)
         watch.lap("broadcast_s")
+        self.started(plan)
         self.model.receive(plan, message)
         metrics = self._measure(plan) if is_measured else None
         watch.lap("evaluate_s")

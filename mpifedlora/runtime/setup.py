@@ -28,6 +28,7 @@ from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
 if TYPE_CHECKING:
     from mpifedlora.core.rounds import Switches
     from mpifedlora.runtime.evaluation import Evaluation
+    from mpifedlora.training.base import BaseModel
     from mpifedlora.training.local import LocalSettings
     from mpifedlora.training.models import FederatedModel
     from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
@@ -157,28 +158,32 @@ def build_replica(config: RunConfig, data: FederatedData, device: str) -> Replic
 
 def build_model(config: RunConfig, num_labels: int, device: str = "cpu") -> FederatedModel:
     """Load the base model, put a head and LoRA layers on it."""
-    from mpifedlora.training.base import build_base
     from mpifedlora.training.models import FederatedModel
 
-    seed = config.federation.seed
-    base = build_base(
-        model_path(config.model.name),
-        num_labels=num_labels,
-        head=config.model.head,
-        dtype=config.model.dtype,
-        dropout=config.model.dropout,
-        seed=torch_seed(seed, "head"),
-    )
     lora = config.lora
     return FederatedModel(
-        base,
+        build_base_model(config, num_labels),
         rank_max=lora.rank_max,
         alpha=lora.alpha,
         dropout=lora.dropout,
         target_modules=lora.target_modules,
         modules_to_save=lora.modules_to_save,
         device=device,
-        seed=seed,
+        seed=config.federation.seed,
+    )
+
+
+def build_base_model(config: RunConfig, num_labels: int) -> BaseModel:
+    """Load the pre-trained model and put a fresh head on it."""
+    from mpifedlora.training.base import build_base
+
+    return build_base(
+        model_path(config.model.name),
+        num_labels=num_labels,
+        head=config.model.head,
+        dtype=config.model.dtype,
+        dropout=config.model.dropout,
+        seed=torch_seed(config.federation.seed, "head"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from mpifedlora.errors import AdapterError
 # Features of sentence encoders are small (about 0.05 a value); a linear head on them learns at the
 # adapter's learning rate only if they are scaled up. Measured on MiniLM and 20 Newsgroups.
 FEATURE_SCALE = 10.0
+
+
+Module = nn.Module
 
 
 class BaseModel(NamedTuple):
@@ -93,6 +97,23 @@ def build_base(
             if isinstance(module, nn.Dropout):
                 module.p = dropout
     return base
+
+
+def load_weights(base: BaseModel, weights: Mapping[str, Tensor]) -> Module:
+    """Copy weights into a base model by name, and return it in evaluation mode.
+
+    Raises:
+        AdapterError: if a weight does not fit.
+    """
+    parameters = dict(base.module.named_parameters())
+    for name, value in weights.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise AdapterError(
+                f"base weights must fit the model, got {name} {tuple(value.shape)}; the model that "
+                "[model] name stands for has changed since the run"
+            )
+        parameters[name].data.copy_(value)
+    return base.module.eval()
 
 
 def wants_mean_pooling(name: str) -> bool:

@@ -203,11 +203,11 @@ def export_adapter(
     PEFT scales by alpha / r of each module: so alpha is scaling * r, module by module.
     """
     names = [module.name for module in shapes.modules]
-    ranks = [part.lora_rank for part in factors]
-    largest = max(ranks)
+    largest = max(part.lora_rank for part in factors)
     config = _lora_config(names, options, largest, scaling)
-    config.rank_pattern = {name: rank for name, rank in zip(names, ranks, strict=True) if rank != largest}
-    config.alpha_pattern = {name: scaling * rank for name, rank in config.rank_pattern.items()}
+    others = {name: part.lora_rank for name, part in zip(names, factors, strict=True)}
+    config.rank_pattern = {name: others[name] for name in names if others[name] < largest}
+    config.alpha_pattern = {name: scaling * others[name] for name in config.rank_pattern}
     config.inference_mode = True
     tensors = {}
     for name, part in zip(names, factors, strict=True):
@@ -306,12 +306,13 @@ def _set_factors(layer: Any, adapter: str, factors: Factors, *, is_trained: bool
 
 
 def _set_weight(linear: nn.Linear, value: Tensor, is_trained: bool) -> nn.Parameter:
-    parameter: nn.Parameter = linear.weight
-    if parameter.shape == value.shape:
-        parameter.data = value
-        return parameter
-    linear.weight = parameter = nn.Parameter(value, requires_grad=is_trained)
-    linear.out_features, linear.in_features = value.shape
+    if linear.weight.shape == value.shape:
+        linear.weight.data = value
+    else:
+        linear.weight = nn.Parameter(value, requires_grad=is_trained)
+        linear.out_features, linear.in_features = value.shape
+    parameter = linear.weight
+    assert isinstance(parameter, nn.Parameter)
     return parameter
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mpifedlora.core.layout import ModelShapes
     from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows
 
+    Communicator = MPI.Comm
+
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MPI_LOCALNRANKS")
 _LONGEST_SLEEP_S = 1e-3
 
@@ -45,7 +47,7 @@ def _num_slurm_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
-def connect(comm: MPI.Comm | None = None) -> MpiServer | MpiWorker | None:
+def connect(comm: Communicator | None = None) -> MpiServer | MpiWorker | None:
     """Join the federation of a communicator, by default of the whole job.
 
     Returns:
@@ -71,7 +73,7 @@ def connect(comm: MPI.Comm | None = None) -> MpiServer | MpiWorker | None:
 class _Endpoint:
     is_server: bool
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: Communicator) -> None:
         from mpi4py import MPI
 
         self.comm = comm.Dup()
@@ -117,7 +119,7 @@ class MpiServer(_Endpoint):
 
     is_server = True
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: Communicator) -> None:
         super().__init__(comm)
         self.bytes_crossed = 0
         self._rows: UpdateRows | None = None
@@ -177,7 +179,7 @@ class MpiWorker(_Endpoint):
 
     is_server = False
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: Communicator) -> None:
         super().__init__(comm)
         self.worker_id = comm.rank - 1
         self._message: Tensor | None = None
@@ -233,7 +235,7 @@ def _wait(request: MPI.Request) -> None:
         pause_s = min(_LONGEST_SLEEP_S, 2 * pause_s + 1e-6)
 
 
-def _place(comm: MPI.Comm) -> NodePlace:
+def _place(comm: Communicator) -> NodePlace:
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from mpifedlora.errors import DataError
 from mpifedlora.io import data_fetch
-from mpifedlora.io.datasets import PACKAGED_TEXTS, Dataset, Examples, check_source, read_dataset
+from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
+from mpifedlora.io.row_streams import PACKAGED_TEXTS
 
 ROWS = [
     ("buy now", "spam", "ann"),

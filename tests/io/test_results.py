@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpifedlora.errors import CheckpointError
-from mpifedlora.io.results import COLUMNS, Baselines, ResultsWriter, RoundRow, RunInfo, read_results
+from mpifedlora.io.results import ResultsWriter, read_results
+from mpifedlora.io.results_schema import COLUMNS, Baselines, RoundRow, RunInfo
 
 NUM_CLIENTS, MODULES = 3, ("layer.0.query", "layer.0.value")
 ROOT = str(Path(__file__).parents[2])

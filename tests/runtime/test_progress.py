@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mpifedlora.io.results import Baselines, RoundRow
+from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.progress import Progress, format_row, human_bytes, human_time, is_terminal, summarise
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
