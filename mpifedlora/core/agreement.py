@@ -44,9 +44,11 @@ class Status:
     def pack(self) -> Bytes:
         """Write STATUS_BYTES bytes; a long error is cut."""
         record = np.zeros((), _RECORD)
-        record["host"], record["device"] = self.host.encode()[:56], self.device.encode()[:24]
+        # A path that is not UTF-8 reaches an error as lone surrogates, which plain encode() refuses.
+        texts = {"host": self.host, "device": self.device, "error": self.error}
+        for name, text in texts.items():
+            record[name] = text.encode(errors="replace")[: _RECORD[name].itemsize]
         record["digests"] = [self.digests.get(field, "")[:_DIGEST_CHARS].encode() for field in FIELDS]
-        record["error"] = self.error.encode()[:_ERROR_BYTES]
         return np.frombuffer(record.tobytes(), np.uint8).copy()
 
     @staticmethod

@@ -85,7 +85,8 @@ class RankSchedule:
     def budget(self, round_num: int) -> int:
         """Return b(t), rounded half up, at least 1; after the last round b stays (nothing is cut)."""
         tau = self.temperature(min(round_num, self.num_rounds))
-        return max(1, math.floor(self.rank_min + (self.rank_max - self.rank_min) * tau + 0.5))
+        # The small term keeps 1 + 15 * 1/10 from falling on the wrong side of a half.
+        return max(1, math.floor(self.rank_min + (self.rank_max - self.rank_min) * tau + 0.5 + 1e-9))
 
 
 def learning_rate_factor(kind: str, round_num: int, num_rounds: int) -> float:

@@ -174,8 +174,8 @@ class Progress:
     def round_started(self, round_num: int, stage: str, lora_rank_mean: float) -> None:
         """Show which round trains now (on a terminal only)."""
         position = _position(round_num, self._num_rounds)
-        rank = _number(lora_rank_mean or math.nan, 1)
-        self._bar.update(self._task, description=f"{position}  {stage}  rank {rank}")
+        shown = _number(lora_rank_mean or math.nan, 1)
+        self._bar.update(self._task, description=f"{position}  {stage}  rank {shown}")
 
     def round_finished(self, row: RoundRow) -> None:
         """Leave one line for a finished round, and move the bar."""

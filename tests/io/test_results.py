@@ -250,7 +250,7 @@ WRITERS = """
 import resource, sys
 sys.path[:0] = sys.argv[2:]
 from test_results import *
-from mpifedlora.io import results
+from mpifedlora.io import atomic
 def say(word, number=0):
     os.write(1, f"{word} {number}\\n".encode())  # one write: a kill cannot leave half a line
 def die(*_):
@@ -264,7 +264,7 @@ def fork_writer(instant):
     if instant == "before-replace":
         os.replace = die
     if instant == "after-replace":
-        results._sync_folder = die
+        atomic._sync_folder = die
     for round_num in range(1, 10**6):
         writer.add(make_row(round_num))
         writer.write()
