@@ -11,6 +11,7 @@ import json
 import os
 import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,36 @@ def _table_text(name: str, table: dict[str, Any]) -> str:
     # JSON's texts, numbers, booleans and lists are TOML's too.
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     return "\n".join([f"[{name}]", *lines, ""])
+
+
+def build_model(folder: Path, *, dtype: str = "float32", seed: int = 0, **options: Any) -> Any:
+    """Return a `FederatedModel` of 3 labels, rank 4 and scaling 2, without dropout in its base.
+
+    Args:
+        folder: of the model.
+        dtype: of the base weights.
+        seed: of head and adapter.
+        options: of `FederatedModel`, or `base_dropout`.
+    """
+    from mpifedlora.training.base import build_base
+    from mpifedlora.training.models import FederatedModel
+
+    dropout = options.pop("base_dropout", 0.0)
+    base = build_base(str(folder), num_labels=3, dtype=dtype, dropout=dropout, seed=seed)
+    return FederatedModel(base, **{"rank_max": 4, "alpha": 8.0, "seed": seed, **options})
+
+
+def make_plan(model: Any, lora_ranks: int | Sequence[int] = 4, **fields: Any) -> Any:
+    """Return a `RoundPlan` of round 1 for one client; `lora_ranks` is one for all modules, or one each."""
+    from mpifedlora.core.wire import RoundPlan
+
+    num_modules = len(model.shapes.modules)
+    ranks = (lora_ranks,) * num_modules if isinstance(lora_ranks, int) else tuple(lora_ranks)
+    plan = {
+        "round_num": 1,
+        "stage": "annealing",
+        "scope": "adapter",
+        "frozen_ranks": (0,) * num_modules,
+        "workers": (0,),
+    }
+    return RoundPlan(**{**plan, "lora_ranks": ranks, **fields})

@@ -44,11 +44,10 @@ class Status:
     def pack(self) -> Bytes:
         """Write STATUS_BYTES bytes; a long error is cut."""
         record = np.zeros((), _RECORD)
-        # A path that is not UTF-8 reaches an error as lone surrogates, which plain encode() refuses.
-        texts = {"host": self.host, "device": self.device, "error": self.error}
-        for name, text in texts.items():
-            record[name] = text.encode(errors="replace")[: _RECORD[name].itemsize]
+        record["host"], record["device"] = self.host.encode()[:56], self.device.encode()[:24]
         record["digests"] = [self.digests.get(field, "")[:_DIGEST_CHARS].encode() for field in FIELDS]
+        # "replace": a path that is not UTF-8 has lone surrogates, which encode() alone refuses.
+        record["error"] = self.error.encode(errors="replace")[:_ERROR_BYTES]
         return np.frombuffer(record.tobytes(), np.uint8).copy()
 
     @staticmethod

@@ -61,9 +61,7 @@ def test_one_pass_is_made_if_nothing_is_said() -> None:
 
 
 def test_the_generator_fixes_the_batches() -> None:
-    first, again, other = (
-        np.concatenate(draw_batches(20, 4, None, 2, seed)).tolist() for seed in (0, 0, 1)
-    )
+    first, again, other = (np.concatenate(draw_batches(20, 4, None, 2, seed)).tolist() for seed in (0, 0, 1))
     assert first == again != other
     assert first[:20] != first[20:]
 

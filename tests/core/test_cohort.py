@@ -28,9 +28,7 @@ def test_cohort_has_its_size_without_doubles(
 
 @LAWS
 @given(ELIGIBLE, st.integers(1, 14), SEEDS, ROUNDS)
-def test_cohort_is_pure_in_seed_and_round(
-    eligible: list[int], size: int, seed: int, round_num: int
-) -> None:
+def test_cohort_is_pure_in_seed_and_round(eligible: list[int], size: int, seed: int, round_num: int) -> None:
     wanted = choose_cohort(eligible, size, seed, round_num)
     choose_cohort(eligible, size, seed, round_num + 1)
     assert choose_cohort(eligible, size, seed, round_num) == wanted

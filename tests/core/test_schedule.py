@@ -164,9 +164,7 @@ def test_learning_rate_falls_from_one_and_stays_above_zero(kind: str, rounds: tu
 
 
 def test_hand_sized_learning_rates() -> None:
-    rates = {
-        kind: [learning_rate_factor(kind, t, 4) for t in range(1, 5)] for kind in ("constant", "linear")
-    }
+    rates = {kind: [learning_rate_factor(kind, t, 4) for t in range(1, 5)] for kind in ("constant", "linear")}
     assert rates == {"constant": [1, 1, 1, 1], "linear": [1, 0.75, 0.5, 0.25]}
     half = math.sqrt(0.5) / 2
     assert [learning_rate_factor("cosine", t, 4) for t in range(1, 5)] == pytest.approx(

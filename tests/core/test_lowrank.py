@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mpifedlora.core.layout import Factors
+from mpifedlora.core.lowrank import (
+    INITIAL_ROW_NORM,
+    Svd,
+    concatenate,
+    energy,
+    error_energy,
+    factors_of,
+    stack_weighted,
+    svd_of_product,
+)
+
+LAWS = settings(max_examples=25, deadline=None)
+DTYPES = st.sampled_from((torch.float32, torch.float64))
+WEIGHTS = st.lists(st.floats(1e-3, 10), min_size=1, max_size=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Case(NamedTuple):
+    lora_rank: int
+    out_features: int
+    in_features: int
+    seed: int
+
+    def factors(self, dtype: torch.dtype = torch.float64, number: int = 0) -> Factors:
+        generator = torch.Generator().manual_seed(100 * self.seed + number)
+        a = torch.randn(self.lora_rank, self.in_features, generator=generator, dtype=torch.float64)
+        b = torch.randn(self.out_features, self.lora_rank, generator=generator, dtype=torch.float64)
+        return Factors(a.to(dtype), b.to(dtype))
+
+
+SIZES = st.integers(1, 9)
+# The inner dimension goes over min(in, out) too, where the dense way is taken.
+CASES = st.builds(Case, SIZES, SIZES, SIZES, st.integers(0, 10**6))
+
+
+def dense(product: Factors) -> Tensor:
+    return product.b.double() @ product.a.double()
+
+
+def norm(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix))
+
+
+def approximation(svd: Svd, kept_rank: int) -> Tensor:
+    return dense(factors_of(svd, 0, kept_rank))
+
+
+def assert_best_at_each_rank(svd: Svd, exact: Tensor, tolerance: float) -> None:
+    # By error: at tied singular values the matrices themselves may differ.
+    singular = torch.linalg.svdvals(exact)
+    for kept_rank in range(len(svd.s) + 1):
+        best = float(singular[kept_rank:].square().sum().sqrt())
+        error = norm(exact - approximation(svd, kept_rank))
+        assert error == pytest.approx(best, rel=10 * tolerance, abs=tolerance * (norm(exact) + 1e-30))
+
+
+@LAWS
+@given(CASES, DTYPES)
+def test_error_at_each_rank_is_that_of_the_dense_svd(case: Case, dtype: torch.dtype) -> None:
+    factors = case.factors(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    assert_best_at_each_rank(svd_of_product(factors), dense(factors), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lora_rank", [4, 12])
+def test_tied_singular_values_are_no_trouble(dtype: torch.dtype, lora_rank: int) -> None:
+    a, b = torch.zeros(lora_rank, 9, dtype=dtype), torch.zeros(8, lora_rank, dtype=dtype)
+    for place in range(4):
+        a[place, 2 * place], b[place, place] = 1.0, 3.0
+    svd = svd_of_product(Factors(a, b))
+    assert svd.s[:4].tolist() == pytest.approx([3.0] * 4)
+    assert_best_at_each_rank(svd, dense(Factors(a, b)), 1e-6)
+
+
+@LAWS
+@given(CASES, DTYPES)
+def test_factored_and_dense_way_agree(case: Case, dtype: torch.dtype) -> None:
+    factors = case.factors(dtype)
+    smallest = min(case.in_features, case.out_features)
+    padding = Factors(torch.zeros(smallest, case.in_features), torch.zeros(case.out_features, smallest))
+    one, other = svd_of_product(factors), svd_of_product(concatenate([factors, padding]))
+    tolerance = (1e-5 if dtype == torch.float32 else 1e-11) * (1 + norm(dense(factors)))
+    for kept_rank in range(min(len(one.s), len(other.s)) + 1):
+        errors = [norm(dense(factors) - approximation(svd, kept_rank)) for svd in (one, other)]
+        assert errors[0] == pytest.approx(errors[1], abs=tolerance)
+
+
+@LAWS
+@given(CASES, DTYPES)
+def test_triplets_are_orthonormal_falling_and_of_their_types(case: Case, dtype: torch.dtype) -> None:
+    u, s, vt = svd_of_product(case.factors(dtype))
+    num_kept = min(case[:3])
+    assert (u.shape, vt.shape) == ((case.out_features, num_kept), (num_kept, case.in_features))
+    assert (u.dtype, s.dtype, vt.dtype) == (dtype, torch.float64, dtype)
+    assert s.tolist() == sorted(s.tolist(), reverse=True)
+    for gram in (u.mT @ u, vt @ vt.mT):
+        assert torch.allclose(gram, torch.eye(num_kept, dtype=dtype), atol=1e-5)
+
+
+@LAWS
+@given(CASES, DTYPES)
+def test_the_largest_entry_of_each_right_vector_is_positive(case: Case, dtype: torch.dtype) -> None:
+    vt = svd_of_product(case.factors(dtype)).vt
+    assert bool((vt.max(dim=1).values >= vt.min(dim=1).values.abs()).all())
+
+
+@pytest.mark.parametrize("lora_rank", [3, 9])
+def test_the_factorisation_does_not_show_in_the_signs(lora_rank: int) -> None:
+    factors = Case(lora_rank, 6, 5, 3).factors()
+    one, other = svd_of_product(factors), svd_of_product(Factors(-2 * factors.a, -factors.b / 2))
+    for got, wanted in zip(other, one, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize("lora_rank", [2, 7])
+def test_a_zero_product_gives_zero_and_nothing_else(lora_rank: int) -> None:
+    a = Case(lora_rank, 4, 5, 0).factors(torch.float32).a
+    svd = svd_of_product(Factors(a, torch.zeros(4, lora_rank)))
+    factors = factors_of(svd, 0, len(svd.s))
+    assert float(svd.s.abs().max()) == 0
+    assert bool(torch.isfinite(factors.a).all())
+    assert float(factors.b.abs().max()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_doubled_directions_leave_half_of_the_singular_values_at_zero(dtype: torch.dtype) -> None:
+    factors = Case(3, 9, 8, 5).factors(dtype)
+    doubled = svd_of_product(stack_weighted([factors, factors], [0.25, 0.75]))
+    exact = torch.linalg.svdvals(dense(factors))
+    assert doubled.s[:3].tolist() == pytest.approx(exact[:3].tolist(), rel=1e-5)
+    assert float(doubled.s[3:].max()) <= 1e-5 * float(exact[0])
+
+
+@LAWS
+@given(CASES, CASES, DTYPES)
+def test_energies_are_those_of_the_dense_products(case: Case, like: Case, dtype: torch.dtype) -> None:
+    one = case.factors(dtype)
+    other = case._replace(lora_rank=like.lora_rank, seed=like.seed).factors(dtype)
+    assert energy(one) == pytest.approx(norm(dense(one)) ** 2, rel=1e-9)
+    wanted = norm(dense(one) - dense(other)) ** 2
+    assert error_energy(one, other) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    assert 0 <= error_energy(one, one) <= 1e-12 * energy(one)
+
+
+def test_hand_sized_energy() -> None:
+    one = Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.0]]))
+    other = Factors(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0], [1.0]]))
+    assert (energy(one), energy(other), error_energy(one, other)) == pytest.approx((45, 10, 37))
+
+
+@LAWS
+@given(CASES, st.integers(0, 9), DTYPES)
+def test_halves_recombine(case: Case, place: int, dtype: torch.dtype) -> None:
+    factors = case.factors(dtype)
+    svd = svd_of_product(factors)
+    middle = min(place, len(svd.s))
+    halves = [factors_of(svd, 0, middle), factors_of(svd, middle, len(svd.s))]
+    assert [half.lora_rank for half in halves] == [middle, len(svd.s) - middle]
+    difference = norm(dense(concatenate(halves)) - dense(factors))
+    assert difference <= (1e-5 if dtype == torch.float32 else 1e-12) * (1 + norm(dense(factors)))
+    total = sum(energy(half) for half in halves)
+    assert total == pytest.approx(energy(factors), rel=1e-5)
+
+
+@LAWS
+@given(CASES)
+def test_rows_of_a_are_orthogonal_with_the_norm_that_lora_starts_with(case: Case) -> None:
+    svd = svd_of_product(case.factors())
+    a = factors_of(svd, 0, len(svd.s)).a
+    wanted = INITIAL_ROW_NORM**2 * torch.eye(len(svd.s), dtype=torch.float64)
+    assert torch.allclose(a @ a.mT, wanted, atol=1e-12)
+
+
+@LAWS
+@given(CASES, WEIGHTS, DTYPES)
+def test_stacking_is_the_exact_weighted_sum(case: Case, weights: list[float], dtype: torch.dtype) -> None:
+    clients = [case._replace(lora_rank=1 + k % case.lora_rank).factors(dtype, k) for k in range(len(weights))]
+    stacked = stack_weighted(clients, weights)
+    wanted = sum(weight * dense(client) for client, weight in zip(clients, weights, strict=True))
+    assert stacked.lora_rank == sum(client.lora_rank for client in clients)
+    assert stacked.a.dtype == stacked.b.dtype == dtype
+    size = sum(weight * norm(dense(client)) for client, weight in zip(clients, weights, strict=True))
+    assert norm(dense(stacked) - wanted) <= (1e-6 if dtype == torch.float32 else 1e-12) * size
+
+
+def test_concatenation_adds_products() -> None:
+    parts = [Case(lora_rank, 5, 4, 1).factors(number=lora_rank) for lora_rank in (1, 3, 2)]
+    joined = concatenate(parts)
+    assert joined.lora_rank == 6
+    assert torch.allclose(dense(joined), dense(parts[0]) + dense(parts[1]) + dense(parts[2]))
