@@ -17,9 +17,9 @@ from mpifedlora.errors import ConfigError
 FIELDS = ("package version", "configuration", "data", "model")
 _DIGEST_CHARS = 16
 Bytes = npt.NDArray[np.uint8]
-_ERROR_BYTES = 3952
+_ERROR_BYTES = 3912
 _RECORD = np.dtype(
-    [("host", "S56"), ("device", "S24"), ("digests", f"S{_DIGEST_CHARS}", (len(FIELDS),))]
+    [("host", "S56"), ("device", "S64"), ("digests", f"S{_DIGEST_CHARS}", (len(FIELDS),))]
     + [("error", f"S{_ERROR_BYTES}")]
 )
 STATUS_BYTES = _RECORD.itemsize
@@ -33,7 +33,8 @@ class Status:
         host: name of its node.
         digests: by field of FIELDS, a hexadecimal digest; fields not yet known are left out.
         error: why the set-up failed; empty where it did not.
-        device: what it computes on, once known.
+        device: kind of device and number of threads, once known: where these are equal on all
+            processes, so are the bits that they compute.
     """
 
     host: str
@@ -44,7 +45,7 @@ class Status:
     def pack(self) -> Bytes:
         """Write STATUS_BYTES bytes; a long error is cut."""
         record = np.zeros((), _RECORD)
-        record["host"], record["device"] = self.host.encode()[:56], self.device.encode()[:24]
+        record["host"], record["device"] = self.host.encode()[:56], self.device.encode()[:64]
         record["digests"] = [self.digests.get(field, "")[:_DIGEST_CHARS].encode() for field in FIELDS]
         # "replace": a path that is not UTF-8 has lone surrogates, which encode() alone refuses.
         record["error"] = self.error.encode(errors="replace")[:_ERROR_BYTES]

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mpifedlora.errors import AdapterError, CheckpointError, ConfigError
+from mpifedlora.errors import CheckpointError, ConfigError
 from mpifedlora.io.atomic import replace_file
 
 RESULTS_FILE = "results.h5"
@@ -22,7 +22,6 @@ ADAPTER_FOLDER = "adapter"
 BASE_FOLDER = "base_model"
 BASE_FILE = "model.safetensors"
 _OWN = (RESULTS_FILE, RUN_FILE, ADAPTER_FOLDER, BASE_FOLDER)
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def check_output_folder(out: Path, *, overwrite: bool) -> None:
@@ -69,27 +68,6 @@ def prepare_output_folder(out: Path, run_file_text: str) -> None:
         raise ConfigError(
             f"--out must be writable, got {out} ({error.strerror or error}); choose another folder"
         ) from error
-
-
-def check_model_folder(name: str) -> None:
-    """Check that a local model folder holds a configuration and weights; hub names are left alone.
-
-    Raises:
-        AdapterError: naming what is missing.
-    """
-    folder = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not folder.exists() and looks_local:
-        raise AdapterError(f"model.name must be a model folder that exists, got {name}; check the path")
-    if not folder.exists():
-        return
-    if not (folder / "config.json").is_file():
-        raise AdapterError(f"a model folder must hold config.json, got none in {name}; check the path")
-    if not any(True for pattern in _WEIGHT_FILES for _ in folder.glob(pattern)):
-        raise AdapterError(
-            f"a model folder must hold weights (*.safetensors or pytorch_model*.bin), got none in {name}; "
-            "download or copy the whole model"
-        )
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -167,7 +167,7 @@ def _run_info(
         seed=config.federation.seed,
         mpi_library=library,
         devices=tuple(status.device for status in statuses),
-        reproducible=config.federation.reproducible,
+        reproducible=config.federation.reproducible and len({status.device for status in statuses}) == 1,
         module_names=tuple(module.name for module in replica.model.shapes.modules),
         label_names=replica.data.dataset.label_names,
         label_table=replica.data.label_table(),
@@ -196,6 +196,11 @@ def _first_lines(resolved: ResolvedRun, replica: Replica, info: RunInfo, out: Pa
     without = [client for client, part in enumerate(replica.data.parts) if not len(part)]
     if without:
         yield f"note: {len(without)} clients have no examples and never take part: {_listed(without)}"
+    if federation.reproducible and not info.reproducible:
+        yield (
+            "note: devices or threads differ between processes, so other numbers of workers may give other "
+            "bits; set training.threads and training.device to make them equal"
+        )
     if info.num_workers > federation.num_clients:
         yield (
             f"note: {info.num_workers} workers for {federation.num_clients} clients: "
@@ -209,8 +214,8 @@ def _last_rank(config: RunConfig) -> int:
 
 
 def _devices(devices: Sequence[str]) -> str:
-    kinds = sorted({device.split(":")[0] for device in devices[1:]})
-    return f"{', '.join(kinds)}, server {devices[0]}"
+    kinds = " or ".join(sorted(set(devices[1:])))
+    return kinds if set(devices) == set(devices[1:]) else f"{kinds}; server {devices[0]}"
 
 
 def _listed(clients: Sequence[int]) -> str:

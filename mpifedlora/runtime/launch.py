@@ -98,7 +98,7 @@ def _check(request: Request, endpoint: Endpoint) -> tuple[ResolvedRun, Mapping[s
     resolved = read_run_file(request.run_file, request.overrides)
     if endpoint.is_server:
         check_output_folder(request.out, overwrite=request.overwrite)
-    setup.check_inputs(resolved.config)
+        setup.check_inputs(resolved.config)
     return resolved, _digests(resolved.config), ""
 
 
@@ -112,7 +112,7 @@ def _build(config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str,
     data = setup.read_data(config)
     replica = setup.build_replica(config, data, device)
     found = {"data": data.dataset.digest, "model": replica.model.digest()}
-    return replica, {**_digests(config), **found}, device
+    return replica, {**_digests(config), **found}, setup.describe_device(device, threads)
 
 
 def _digests(config: RunConfig) -> dict[str, str]:
@@ -126,7 +126,9 @@ def _take_part(
     from mpifedlora.runtime.worker import Worker, serve
     from mpifedlora.transport import inprocess, mpi
 
-    endpoint.open(replica.model.shapes, resolved.config.federation.num_clients)
+    model = replica.model
+    is_pinned = model.device.type == "cuda"
+    endpoint.open(model.shapes, resolved.config.federation.num_clients, is_pinned=is_pinned)
     if isinstance(endpoint, mpi.MpiWorker):
         serve(Worker(endpoint.worker_id, endpoint.num_workers, replica), endpoint)
         return 0

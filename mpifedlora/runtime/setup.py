@@ -21,9 +21,9 @@ from mpifedlora.core.partition import label_table, partition
 from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
 from mpifedlora.core.seeding import numpy_generator, torch_seed
 from mpifedlora.errors import ConfigError
-from mpifedlora.io.adapter_files import check_model_folder
 from mpifedlora.io.data_fetch import minilm_folder
 from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
+from mpifedlora.io.model_files import check_model_folder, check_targets
 
 if TYPE_CHECKING:
     from mpifedlora.core.rounds import Switches
@@ -46,7 +46,9 @@ def check_inputs(config: RunConfig) -> None:
     data = config.data
     owner = data.partition_column if data.partition == "column" else None
     check_source(data.source, data.test_source, data.text_column, data.label_column, owner)
-    check_model_folder(model_path(config.model.name))
+    path = model_path(config.model.name)
+    check_model_folder(path)
+    check_targets(path, config.lora.target_modules)
 
 
 def model_path(name: str) -> str:
@@ -304,6 +306,14 @@ def choose_device(requested: str, num_visible: int, worker_index: int, num_worke
     if requested == "cpu" or num_visible == 0 or (is_server and num_visible <= num_workers):
         return "cpu"
     return f"cuda:{worker_index % num_visible}"
+
+
+def describe_device(device: str, threads: int) -> str:
+    """Return a device's kind and this process's threads: where they are equal, so are the bits."""
+    import torch
+
+    kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    return f"{kind}, {threads} thread" + ("s" if threads > 1 else "")
 
 
 def configure_torch(threads: int, device: str, *, is_deterministic: bool) -> None:

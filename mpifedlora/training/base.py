@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +85,9 @@ def build_base(
     torch.manual_seed(seed)
     try:
         base = _BUILDERS[kind](name, num_labels, getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    # Damaged files and missing packages come as any kind of error.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterError(
             f"model.name must be a pre-trained model that transformers can load, got {name} ({reason}); "
             'give a folder with config.json and weights, a hub name, or "minilm"'
@@ -112,8 +114,25 @@ def load_weights(base: BaseModel, weights: Mapping[str, Tensor]) -> Module:
                 f"base weights must fit the model, got {name} {tuple(value.shape)}; the model that "
                 "[model] name stands for has changed since the run"
             )
-        parameters[name].data.copy_(value)
+        # Trained weights are float32, whatever the model was loaded as.
+        parameters[name].data = value.clone()
     return base.module.eval()
+
+
+def check_modules(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that names of `[lora] modules_to_save` are whole names of a model's modules.
+
+    Raises:
+        AdapterError: naming the first that is not, and the nearest one.
+    """
+    known = [name for name, _ in model.named_modules()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f'did you mean "{near[0]}"?' if near else "write its whole name"
+            raise AdapterError(
+                f"lora.modules_to_save must be whole names of the model's modules, got {name!r}; {advice}"
+            )
 
 
 def wants_mean_pooling(name: str) -> bool:
@@ -141,11 +160,22 @@ def _stock(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     fresh = {str(key[0] if isinstance(key, tuple) else key) for key in report["missing_keys"]}
     fresh |= {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]}
     prefix = model.base_model_prefix + "."
-    heads = {key.removeprefix(prefix).split(".")[0] for key in fresh if not key.startswith(prefix)}
+    heads = _head_names(model, {key.split(".")[0] for key in fresh if not key.startswith(prefix)})
     inner = {key.rpartition(".")[0] for key in fresh if key.startswith(prefix)}
     if model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
-    return BaseModel(model, tuple(sorted(heads | inner)) or ("classifier",))
+    return BaseModel(model, tuple(sorted(heads | inner)))
+
+
+def _head_names(model: nn.Module, fresh: set[str]) -> set[str]:
+    on_top = {
+        name
+        for name, module in model.named_children()
+        if name != getattr(model, "base_model_prefix", None) and any(True for _ in module.parameters())
+    }
+    # A checkpoint with a trained head leaves none fresh: then it is all that lies on the base model. PEFT
+    # takes endings of names, so "classifier" would reach "pre_classifier" too.
+    return {name for name in on_top if name.endswith(tuple(fresh))} if fresh else on_top
 
 
 _WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet", "albert", "camembert"}

@@ -20,7 +20,7 @@ from mpifedlora.core.layout import AdapterLayout, Factors, LinearShape, ModelSha
 from mpifedlora.core.rounds import initial_adapter
 from mpifedlora.core.wire import RoundPlan
 from mpifedlora.errors import AdapterError
-from mpifedlora.training.base import BaseModel
+from mpifedlora.training.base import BaseModel, check_modules
 
 _ACTIVE, _FROZEN = "default", "frozen"
 
@@ -39,7 +39,7 @@ class FederatedModel:
         seed: of the initial adapter.
 
     Raises:
-        AdapterError: if a target matches no linear layer.
+        AdapterError: if a target matches no linear layer, or a module to save does not exist.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class FederatedModel:
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
+        check_modules(base.module, modules_to_save)
         whole = (*base.head_names, *modules_to_save)
+        check_modules(base.module, modules_to_save)
         linears = find_linears(base.module, target_modules, whole)
         body = {
             name: parameter
@@ -71,7 +73,7 @@ class FederatedModel:
         self._head = list(head.values())
         self._folds = all(layer.base_layer.weight.dtype == torch.float32 for layer in self._layers)
         self._frozen: list[list[Factors]] = [[] for _ in self._layers]
-        self._scope = ""
+        self._scope = "adapter"
         self.seed = seed
         self.state = torch.empty(0)  # of the global model, as last received
         self.shapes = ModelShapes(
@@ -151,12 +153,13 @@ class FederatedModel:
     def _set_frozen(self, layer: Any, kept: Sequence[Factors]) -> None:
         # bfloat16 weights would round the low-energy directions away: they stay a second adapter.
         if _FROZEN not in self.peft_model.peft_config:
-            options = {**self.options, "modules_to_save": None}
+            # What is frozen is part of the base: no dropout, no gradients.
+            options = {**self.options, "modules_to_save": None, "lora_dropout": 0.0}
             names = [module.name for module in self.shapes.modules]
             self.peft_model.add_adapter(_FROZEN, _lora_config(names, options, 1, self.scaling))
             for other in self._layers:
-                _set_factors(other, _FROZEN, _nothing(other), is_trained=False)
                 other.set_adapter([_ACTIVE, _FROZEN])
+                _set_factors(other, _FROZEN, _nothing(other), is_trained=False)
         both = Factors(torch.cat([part.a for part in kept]), torch.cat([part.b for part in kept], dim=1))
         _set_factors(layer, _FROZEN, both, is_trained=False)
         layer.scaling[_FROZEN] = self.scaling
@@ -233,7 +236,7 @@ def find_linears(
         excluded: modules that are trained whole; nothing inside them is adapted.
 
     Raises:
-        AdapterError: if a target matches nothing.
+        AdapterError: if a target matches nothing, or is no regular expression.
     """
     linears = {
         name: module
@@ -246,25 +249,21 @@ def find_linears(
     for target in targets:
         matches = {name: linears[name] for name in linears if _matches(name, target, is_regex)}
         if not matches:
-            raise AdapterError(_no_match(target, linears))
+            raise AdapterError(describe_no_match(target, linears, is_pattern=is_regex))
         found.update(matches)
     return {name: linears[name] for name in linears if name in found}
 
 
 def _matches(name: str, target: str, is_regex: bool) -> bool:
-    if is_regex:
+    if not is_regex:
+        return name == target or name.endswith("." + target)
+    try:
         return target == "all-linear" or re.fullmatch(target, name) is not None
-    return name == target or name.endswith("." + target)
-
-
-def _no_match(target: str, linears: dict[str, nn.Linear]) -> str:
-    endings = sorted({name.rpartition(".")[2] for name in linears})
-    near = difflib.get_close_matches(target.rpartition(".")[2], endings, n=1)
-    advice = f'did you mean "{near[0]}"?' if near else 'use one of them, or "all-linear"'
-    return (
-        f"lora.target_modules must match linear layers of the model, got {target!r}, which matches none "
-        f"(their names end in {', '.join(endings)}); {advice}"
-    )
+    except re.error as error:
+        raise AdapterError(
+            "lora.target_modules must be a list of names or a regular expression, got "
+            f'{target!r} ({error}); for names write a list, as in ["query", "value"]'
+        ) from error
 
 
 def _is_inside(name: str, modules: Sequence[str]) -> bool:
@@ -309,9 +308,9 @@ def _set_weight(linear: nn.Linear, value: Tensor, is_trained: bool) -> nn.Parame
     if linear.weight.shape == value.shape:
         linear.weight.data = value
     else:
-        linear.weight = nn.Parameter(value, requires_grad=is_trained)
+        linear.weight = nn.Parameter(value)
         linear.out_features, linear.in_features = value.shape
-    parameter = linear.weight
+    parameter = linear.weight.requires_grad_(is_trained)
     assert isinstance(parameter, nn.Parameter)
     return parameter
 

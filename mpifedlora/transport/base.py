@@ -97,8 +97,8 @@ class Endpoint(Protocol):
     def exchange(self, status: Status) -> list[Status]:
         """Give this process's status, and get every process's, the server's first."""
 
-    def open(self, shapes: ModelShapes, num_clients: int) -> None:
-        """Say what the messages look like."""
+    def open(self, shapes: ModelShapes, num_clients: int, *, is_pinned: bool = False) -> None:
+        """Say what the messages look like, and whether a GPU will copy them (page-locked memory)."""
 
     def abort(self, message: str) -> None:
         """End the whole job with a message and a non-zero exit code."""

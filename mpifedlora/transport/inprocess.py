@@ -81,7 +81,7 @@ class Alone:
         """Return what to call the process in a message."""
         return ["this process"]
 
-    def open(self, shapes: ModelShapes, num_clients: int) -> None:
+    def open(self, shapes: ModelShapes, num_clients: int, *, is_pinned: bool = False) -> None:
         """Do nothing: messages are handed over as they are."""
 
     def abort(self, message: str) -> None:

@@ -61,6 +61,8 @@ def connect(comm: Communicator | None = None) -> MpiServer | MpiWorker | None:
     world = MPI.COMM_WORLD if comm is None else comm
     if world.size == 1:
         if comm is None and _num_slurm_tasks() > 1:
+            if os.environ.get("SLURM_PROCID", "0") != "0":
+                raise SystemExit(2)  # one of the tasks says why
             raise ConfigError(
                 f"the {_num_slurm_tasks()} tasks of this Slurm step must form one MPI job, got MPI jobs of 1 "
                 "process each (srun without an MPI plugin that fits this MPI); start with mpirun inside "
@@ -83,6 +85,7 @@ class _Endpoint:
         self.place = _place(self.comm)
         self.shapes: ModelShapes
         self.plan_bytes = 0
+        self.is_pinned = False
         self._in_place = MPI.IN_PLACE
         self._byte = MPI.BYTE
 
@@ -92,11 +95,11 @@ class _Endpoint:
         _wait(self.comm.Iallgather(status.pack(), records))
         return [Status.unpack(record) for record in records]
 
-    def open(self, shapes: ModelShapes, num_clients: int) -> None:
-        """Say what the messages look like."""
+    def open(self, shapes: ModelShapes, num_clients: int, *, is_pinned: bool = False) -> None:
+        """Say what the messages look like, and whether a GPU will copy them (page-locked memory)."""
         from mpifedlora.core.wire import plan_bytes
 
-        self.shapes = shapes
+        self.shapes, self.is_pinned = shapes, is_pinned
         self.plan_bytes = plan_bytes(len(shapes.modules), num_clients)
 
     def abort(self, message: str) -> None:
@@ -197,7 +200,7 @@ class MpiWorker(_Endpoint):
         self._is_even = len(set(_clients_by_worker(plan, self.num_workers))) == 1
         num_values = plan.message_values(self.shapes)
         if self._message is None or self._message.numel() != num_values:
-            self._message = torch.empty(num_values)
+            self._message = torch.empty(num_values, pin_memory=self.is_pinned)
         if num_values:
             self.comm.Bcast([_as_bytes(self._message), self._byte])
         return plan, self._message

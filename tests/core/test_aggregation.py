@@ -282,7 +282,7 @@ def test_weights_in_other_units_change_nothing(cohort: Cohort, name: str) -> Non
 
 @pytest.mark.parametrize("weights", [[], [0, 0], [-1, 1], [-2, 1], [math.inf, 1], [math.nan, 1]])
 def test_weights_without_a_positive_finite_sum_are_refused(weights: list[float]) -> None:
-    with pytest.raises(AggregationError, match="weights must have a positive finite sum, got .*; leave out"):
+    with pytest.raises(AggregationError, match=r"weights must have a positive finite sum, got .*; leave out"):
         normalise(weights)
 
 

@@ -64,8 +64,8 @@ def test_a_difference_names_worker_and_field(field: str) -> None:
 
 
 def test_a_field_that_one_process_does_not_know_is_a_difference() -> None:
+    known = {field: "aa" for field in FIELDS if field != "model"}
     with pytest.raises(ConfigError, match="same model, got  on worker 0"):
-        known = {field: "aa" for field in FIELDS if field != "model"}
         check_agreement([SERVER, Status("node1", known)], NAMES[:2])
 
 
@@ -77,7 +77,7 @@ def test_a_failure_names_its_process() -> None:
 
 def test_a_failure_of_all_names_nobody() -> None:
     failed = Status("node3", {}, error="no such file")
-    with pytest.raises(ConfigError, match="^no such file$"):
+    with pytest.raises(ConfigError, match=r"^no such file$"):
         check_agreement([failed, failed, failed], NAMES)
 
 

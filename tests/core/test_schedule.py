@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
 
 COOLING = ("linear", "cosine", "cubic", "exponential", "step")
-LAWS = settings(max_examples=40, deadline=None)
+LAWS = settings(max_examples=25, deadline=None)
 
 
 @st.composite

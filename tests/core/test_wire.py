@@ -95,7 +95,7 @@ def test_a_header_has_no_overlaps() -> None:
 
 @pytest.mark.parametrize("num_modules", [0, 1, 3])
 def test_a_plan_for_another_model_is_refused(num_modules: int) -> None:
-    with pytest.raises(ProtocolError, match=f"for {num_modules} modules, got 2 .worker.; start all"):
+    with pytest.raises(ProtocolError, match=rf"for {num_modules} modules, got 2 \(worker\); start all"):
         RoundPlan.unpack(PLAN.pack(), num_modules)
 
 
@@ -205,7 +205,7 @@ def test_an_answer_to_another_plan_is_refused(other: RoundPlan) -> None:
 def test_another_number_of_values_is_refused() -> None:
     rows = written()
     rows.header(1)["num_values"] = 68
-    with pytest.raises(ProtocolError, match="with 69 values, got round 3 with 68 values .server, row 1.;"):
+    with pytest.raises(ProtocolError, match=r"with 69 values, got round 3 with 68 values \(server, row 1\);"):
         ClientUpdate.read(rows, 1, PLAN)
 
 

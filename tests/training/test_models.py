@@ -55,10 +55,6 @@ def plain_logits(module):
         return module.eval()(**BATCH).logits
 
 
-def full_flat(model, plan):
-    return model.initial_state(plan)
-
-
 # find_linears
 
 
@@ -226,13 +222,13 @@ def test_after_a_cut_a_step_changes_only_the_new_buffer(model):
     functional.cross_entropy(model(BATCH), LABELS).backward()
     copies = old.clone(), old_grad.clone(), flat.clone()
     model.bind(plan, flat, grad)
-    optimizer = torch.optim.SGD(bound_parameters(model), 0.1)
+    optimizer = torch.optim.SGD(bound_parameters(model), 1e-4)
     loss = functional.cross_entropy(model(BATCH), LABELS)
     loss.backward()
     optimizer.step()
     assert torch.equal(old, copies[0])
     assert torch.equal(old_grad, copies[1])
-    assert torch.allclose(flat, copies[2] - 0.1 * grad)
+    assert torch.allclose(flat, copies[2] - 1e-4 * grad)
     assert grad.any()
     assert all(torch.equal(*pair) for pair in zip(model._body, before, strict=True))
     assert functional.cross_entropy(model(BATCH), LABELS) < loss
@@ -284,14 +280,9 @@ def test_freezing_keeps_the_logits_of_the_uncut_adapter(tiny_model_folder, kind,
     expected = logits_of(uncut, whole, flatten(joined, head))
     got = received_logits(model, plan, message)
     assert (got - expected).abs().max() <= tolerance
-    assert (logits_of(model, replace_frozen(plan), model.state) - expected).abs().max() <= tolerance
+    assert (logits_of(model, plan, model.state) - expected).abs().max() <= tolerance
     base = logits_of(uncut, plan, model.state)
     assert (base - expected).abs().max() > 3 * tolerance  # the frozen directions matter
-
-
-def replace_frozen(plan):
-    """The plan of a later round, with nothing newly frozen."""
-    return copy.replace(plan) if hasattr(copy, "replace") else plan
 
 
 @pytest.mark.parametrize(("dtype", "num_frozen"), [("float32", 0), ("bfloat16", 24)])
@@ -368,7 +359,7 @@ def test_the_export_gives_the_federated_logits(tiny_model_folder, tmp_path, base
     assert (got - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("lora_ranks", [[1] * 12, [3] + [1] * 11, [0, 2] * 6])
+@pytest.mark.parametrize("lora_ranks", [[1] * 12, [3] + [1] * 11, [1, 2] * 6])
 def test_the_export_of_any_ranks_gives_the_federated_logits(model, tmp_path, base, lora_ranks):
     plan = make_plan(model, lora_ranks)
     layout = plan.layout(model.shapes)
