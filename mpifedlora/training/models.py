@@ -7,7 +7,6 @@ buffer of the same layout moves no data; after a cut the modules get new, smalle
 
 from __future__ import annotations
 
-import difflib
 import re
 import zlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpifedlora.core.layout import AdapterLayout, Factors, LinearShape, ModelShapes, TensorShape
+from mpifedlora.core.names import describe_no_match
 from mpifedlora.core.rounds import initial_adapter
 from mpifedlora.core.wire import RoundPlan
 from mpifedlora.errors import AdapterError
@@ -56,7 +56,6 @@ class FederatedModel:
     ) -> None:
         check_modules(base.module, modules_to_save)
         whole = (*base.head_names, *modules_to_save)
-        check_modules(base.module, modules_to_save)
         linears = find_linears(base.module, target_modules, whole)
         body = {
             name: parameter
