@@ -15,9 +15,9 @@ import numpy.typing as npt
 from mpifedlora.errors import ConfigError
 
 FIELDS = ("package version", "configuration", "data", "model")
-_DIGEST_CHARS = 16
+_DIGEST_CHARS = 64
 Bytes = npt.NDArray[np.uint8]
-_ERROR_BYTES = 3912
+_ERROR_BYTES = 3720
 _RECORD = np.dtype(
     [("host", "S56"), ("device", "S64"), ("digests", f"S{_DIGEST_CHARS}", (len(FIELDS),))]
     + [("error", f"S{_ERROR_BYTES}")]

@@ -275,11 +275,17 @@ class RunConfig(Section):
                 f"initiating.rounds must be at most federation.num_rounds, got {initiating} and "
                 f"{self.federation.num_rounds}; lower initiating.rounds"
             )
-        planned = self.annealing.heating_rounds + (self.annealing.cooling_rounds or 0)
-        if self.annealing.schedule != "constant" and planned > annealing:
+        if initiating and self.initiating.scope == "adapter" and self.training.scope == "full":
             raise ValueError(
-                f"annealing.heating_rounds + annealing.cooling_rounds must be at most the {annealing} rounds "
-                f"after the initiating stage, got {planned}; lower them or raise federation.num_rounds"
+                'the whole model cannot follow an adapter, got initiating.scope = "adapter" and training.scope '
+                '= "full"; set initiating.scope = "full", or initiating.rounds = 0'
+            )
+        planned = self.annealing.heating_rounds + (self.annealing.cooling_rounds or 1)
+        if self.annealing.schedule != "constant" and 0 < annealing < planned:
+            raise ValueError(
+                f"annealing.heating_rounds and at least one round of cooling (annealing.cooling_rounds) must "
+                f"fit into the {annealing} rounds after the initiating stage, got {planned} together; lower "
+                "annealing.heating_rounds or initiating.rounds, or raise federation.num_rounds"
             )
         if self.evaluation.split == "validation" and self.data.validation_fraction == 0:
             raise ValueError(

@@ -294,7 +294,8 @@ class ClientUpdate:
         if got != expected:
             raise ProtocolError(
                 f"an update must answer round {plan.round_num} with {rows.num_values} values, got round "
-                f"{got[1]} with {got[3]} values (server, row {index}); this is a defect, please report it"
+                f"{got[1]} with {got[3]} values{' of other ranks' * (got[2] != expected[2])} (server, row {index}); "
+                "this is a defect, please report it"
             )
         return ClientUpdate(
             client_id=int(header["client_id"]),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mpifedlora.core.names import describe_no_match
 from mpifedlora.errors import AdapterError
@@ -57,12 +57,21 @@ def _layer_names(folder: Path) -> set[str]:
     """Return the names of all layers with a matrix, from the headers of *.safetensors."""
     names: set[str] = set()
     for file in folder.glob("*.safetensors") if folder.is_dir() else ():
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
         names |= {
             key.removesuffix(".weight")
-            for key, entry in header.items()
+            for key, entry in _header(file).items()
             if key.endswith(".weight") and len(entry["shape"]) == 2 and "embed" not in key
         }
     return names
+
+
+def _header(file: Path) -> dict[str, Any]:
+    # A damaged file has no header: loading the model says what is wrong with it.
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(length) if length <= file.stat().st_size else b""
+    try:
+        header = json.loads(text)
+    except ValueError:
+        return {}
+    return header if isinstance(header, dict) else {}

@@ -12,15 +12,14 @@ from mpifedlora.core.config import RunConfig
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.wire import RoundPlan
 from mpifedlora.errors import CheckpointError
-from mpifedlora.io.adapter_files import (
+from mpifedlora.io.adapter_files import write_adapter, write_base_weights
+from mpifedlora.io.output_folder import (
     ADAPTER_FOLDER,
     BASE_FOLDER,
     RESULTS_FILE,
     RUN_FILE,
     free_name,
     prepare_output_folder,
-    write_adapter,
-    write_base_weights,
 )
 from mpifedlora.io.results import ResultsWriter
 from mpifedlora.io.results_schema import RunInfo

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mpifedlora.core.agreement import Status, check_agreement
 from mpifedlora.core.config import RunConfig
 from mpifedlora.errors import MpiFedLoraError
-from mpifedlora.io.adapter_files import check_output_folder
+from mpifedlora.io.output_folder import check_output_folder
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
 from mpifedlora.transport.base import Endpoint

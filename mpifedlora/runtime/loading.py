@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mpifedlora.io.adapter_files import RESULTS_FILE, RUN_FILE, read_base_weights
+from mpifedlora.io.adapter_files import read_base_weights
+from mpifedlora.io.output_folder import RESULTS_FILE, RUN_FILE
 from mpifedlora.io.results import read_results
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime.setup import build_base_model, quiet_libraries

@@ -134,7 +134,8 @@ def test_hand_sized_temperatures(kind: str, tau: float) -> None:
     assert schedule.cooled(2) == 0.25
 
 
-@pytest.mark.parametrize("num_steps", range(1, 12))
+# 1 / 49 * 49 falls short of 1.
+@pytest.mark.parametrize("num_steps", [1, 3, 4, 5, 49, 98])
 def test_every_stair_is_met_where_it_falls_on_a_round(num_steps: int) -> None:
     schedule = RankSchedule("step", num_steps + 1, 0, 1, num_steps + 1, 1, num_steps=num_steps)
     assert budgets(schedule) == list(range(num_steps + 1, 0, -1))

@@ -96,7 +96,7 @@ def test_the_nearest_name_is_offered(base, target):
 
 
 def test_a_bare_name_is_no_regex_for_the_whole_name(base):
-    with pytest.raises(AdapterError, match=r'did you mean \["query"\]'):
+    with pytest.raises(AdapterError, match=r'did you mean the list \["query"\]'):
         find_linears(base.module, "query", base.head_names)
 
 

@@ -9,7 +9,9 @@ from support import WORDS
 
 from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
-TEXTS = st.lists(st.lists(st.sampled_from([*WORDS, "unheard-of", "!"]), max_size=20).map(" ".join), min_size=1)
+TEXTS = st.lists(
+    st.lists(st.sampled_from([*WORDS, "unheard-of", "!"]), max_size=20).map(" ".join), min_size=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,9 @@ def test_loss_is_float32_on_bfloat16_logits(task):
 
 
 def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tokenizer, tmp_path):
-    saved = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+    saved = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="[SEP]", unk_token="[UNK]"
+    )
     saved.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     task = ClassificationTask(load_tokenizer(str(tmp_path)), max_length=12)

@@ -1,0 +1,266 @@
+"""Runs as users start them: real processes, real kills, real bad input."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import support
+
+from mpifedlora.errors import AdapterError, ConfigError, DataError, MpiFedLoraError
+from mpifedlora.io.results import read_results
+from mpifedlora.runtime import launch
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "mpifedlora"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("launch")
+    support.make_run_file(made)
+    return made
+
+
+def run(folder, out, *settings, overwrite=False):
+    return launch.run(folder / "run.toml", settings, out, overwrite)
+
+
+def start(folder, out, *settings, processes=0, env=None, **options):
+    command = [*PROGRAM, "run", str(folder / "run.toml"), "--out", str(out)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    if processes:
+        command = [
+            "bash",
+            "-c",
+            '. tests/mpi_env.sh && exec "$0" "$@"',
+            "mpirun",
+            "-n",
+            str(processes),
+            *command,
+        ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def finish(process, seconds=120):
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"the run must end within {seconds} s, and did not:\n{output}")
+    return process.returncode, output
+
+
+def test_leaves_results_adapter_and_run_file(folder, tmp_path, capsys):
+    out = tmp_path / "deep" / "run"
+    assert run(folder, out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "results.h5", "run.toml"]
+    results = read_results(out / "results.h5")
+    assert results.status == "finished"
+    assert results.rounds["round_num"].tolist() == [1, 2, 3, 4]
+    assert (np.diff(results.rounds["uplink_bytes"]) <= 0).all()
+    assert results.rounds["uplink_bytes"][-1] < results.rounds["uplink_bytes"][0]
+    assert not np.isnan(results.rounds["eval_accuracy"]).any()
+    printed = capsys.readouterr().out
+    assert printed.count("round ") >= 4
+    assert "less sent" in printed
+
+
+def test_training_learns(folder, tmp_path):
+    settings = ("federation.num_rounds=8", "training.local_steps=10", "data.alpha=100")
+    run(folder, tmp_path / "r", *settings)
+    accuracy = read_results(tmp_path / "r" / "results.h5").rounds["eval_accuracy"]
+    assert accuracy[-1] > 0.7
+
+
+def test_run_file_left_behind_repeats_the_run(folder, tmp_path):
+    run(folder, tmp_path / "a", "federation.method=fedit", "annealing.schedule=cosine")
+    assert launch.run(tmp_path / "a" / "run.toml", [], tmp_path / "b", False) == 0
+    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_a_folder_with_a_run_is_refused_unless_overwritten(folder, tmp_path):
+    out = tmp_path / "run"
+    run(folder, out, "federation.num_rounds=1", "initiating.rounds=0")
+    before = (out / "results.h5").read_bytes()
+    with pytest.raises(ConfigError, match="add --overwrite"):
+        run(folder, out)
+    assert (out / "results.h5").read_bytes() == before
+    fedavg = ("federation.method=fedavg", "federation.num_rounds=1")
+    assert run(folder, out, *fedavg, overwrite=True) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["base_model", "results.h5", "run.toml"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (["lora.rank_mx=3"], ConfigError, "rank_max"),
+        (["training.batch_size=0"], ConfigError, "batch_size must be at least 1, got 0"),
+        (["lora.rank_min=9"], ConfigError, "rank_min must be at most rank_max"),
+        (["data.source=./nothing.csv"], DataError, "nothing.csv"),
+        (["data.label_column=colour"], DataError, "label_column must name a column, got 'colour'"),
+        (["model.name=./nowhere"], AdapterError, "must be a model folder that exists"),
+        (['lora.target_modules=["querry"]'], AdapterError, 'did you mean "query"'),
+        (["lora.target_modules=.*attn.*"], AdapterError, "must match linear layers"),
+        (['lora.modules_to_save=["clasifier"]'], AdapterError, "modules_to_save"),
+        (["federation.cohort_size=5"], ConfigError, "cohort_size must be at most num_clients"),
+        (["evaluation.split=validation"], ConfigError, "needs a validation part"),
+        (["federation.num_clients=100000"], DataError, "clients"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_clear_error_and_leaves_nothing(folder, tmp_path, settings, error, message):
+    out = tmp_path / "run"
+    with pytest.raises(error, match=message.replace("(", r"\(")) as caught:
+        run(folder, out, *settings)
+    assert isinstance(caught.value, MpiFedLoraError)
+    assert not out.exists()
+
+
+def test_model_folder_without_weights(folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="must hold weights"):
+        run(folder, tmp_path / "run", f"model.name={tmp_path / 'model'}")
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+def test_out_that_cannot_be_written(folder, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out must be"):
+        run(folder, tmp_path / place)
+
+
+def test_more_clients_than_examples_are_told_once(folder, tmp_path, capsys):
+    settings = [
+        "data.alpha=0.01",
+        "federation.num_clients=12",
+        "federation.num_rounds=1",
+        "initiating.rounds=0",
+    ]
+    assert run(folder, tmp_path / "run", *settings) == 0
+    results = read_results(tmp_path / "run" / "results.h5")
+    without = np.flatnonzero(results.info.label_table.sum(axis=1) == 0)
+    assert len(without)
+    assert not results.clients["participated"][:, without].any()
+    assert capsys.readouterr().out.count("have no examples") == 1
+
+
+def test_a_diverging_client_is_left_out_and_named(folder, tmp_path, capsys):
+    settings = [
+        "training.learning_rate=1e30",
+        "training.learning_rate_schedule=constant",
+        "training.optimizer=sgd",
+    ]
+    assert run(folder, tmp_path / "run", *settings, "training.grad_clip=0") == 0
+    results = read_results(tmp_path / "run" / "results.h5")
+    assert results.rounds["num_participants"].min() == 0
+    assert "is not finite and was left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bad_input_under_mpirun_is_told_once(folder, tmp_path):
+    code, output = finish(start(folder, tmp_path / "run", "lora.rank_mx=3", processes=3))
+    assert code != 0
+    assert output.count("error:") == 1
+    assert "rank_max" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", ["lora.rank_mx=3", "data.source=./none.csv", 'lora.target_modules=["querry"]']
+)
+def test_bad_input_is_told_before_torch_is_loaded(folder, tmp_path, setting):
+    # Loading it takes seconds in every process; the answer must not.
+    arguments = ["run", str(folder / "run.toml"), "--out", str(tmp_path / "run"), "--set", setting]
+    command = [sys.executable, "-X", "importtime", "-m", "mpifedlora", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "peft", "mpi4py.MPI"}
+
+
+@pytest.mark.slow
+def test_an_exception_on_a_worker_ends_the_job_with_its_name(tmp_path):
+    # Texts of more tokens than the model has positions: training fails, and only there.
+    rows = (support.make_csv(tmp_path / "short.csv")).read_text().splitlines()
+    long = [f"{' '.join([row.split(',')[0]] * 40)},{row.split(',')[1]}" for row in rows[1:]]
+    (tmp_path / "data.csv").write_text("\n".join([rows[0], *long]))
+    (tmp_path / "test.csv").write_text("\n".join(rows))
+    support.make_run_file(tmp_path)
+    settings = [f"data.test_source={tmp_path / 'test.csv'}", "data.max_length=500"]
+    code, output = finish(start(tmp_path, tmp_path / "run", *settings, processes=3))
+    assert code != 0
+    assert "error: worker " in output
+    assert "failed in round 1 on client " in output
+    assert "Traceback" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 3])
+def test_killed_by_sigkill_leaves_its_finished_rounds(folder, tmp_path, processes):
+    out = tmp_path / "run"
+    process = start(folder, out, "federation.num_rounds=100000", processes=processes)
+    deadline = time.monotonic() + 100
+    rounds = 0
+    while rounds < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if (out / "results.h5").exists():
+            with h5py.File(out / "results.h5") as file:
+                rounds = len(file["rounds/round_num"])
+    os.killpg(process.pid, signal.SIGKILL)
+    if processes:  # mpirun gives each process a group of its own
+        subprocess.run(["pkill", "-KILL", "-f", str(out)], check=False)
+    process.communicate()
+    with h5py.File(out / "results.h5") as file:
+        finished = file["rounds/round_num"][:]
+        assert file.attrs["status"] == "running"
+    assert len(finished) >= 3
+    np.testing.assert_array_equal(finished, np.arange(1, len(finished) + 1))
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_named_and_harms_nothing(folder, tmp_path):
+    out = tmp_path / "run"
+    assert run(folder, out) == 0
+    size = (out / "results.h5").stat().st_size
+    other = tmp_path / "other"
+
+    def limit():  # what a full disk does to a file that grows
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2048, size + 2048))
+
+    code, output = finish(start(folder, other, "federation.num_rounds=60", preexec_fn=limit))
+    assert code == 1
+    assert "warning: results must be writable" in output
+    assert output.count("warning: results must be writable") == 1
+    results = read_results(other / "results.h5")
+    assert 3 < len(results.rounds["round_num"]) < 60
+    assert "round 60/60" in output
+
+
+def test_tasks_of_srun_that_do_not_see_each_other_are_refused(folder, tmp_path):
+    for task in ("0", "1"):
+        env = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": task}
+        code, output = finish(start(folder, tmp_path / "run", env=env))
+        assert code == 2
+        assert ("must form one MPI job" in output) == (task == "0")
+        assert ("mpirun" in output) == (task == "0")
+    assert not (tmp_path / "run").exists()
