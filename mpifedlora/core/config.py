@@ -277,8 +277,8 @@ class RunConfig(Section):
             )
         if initiating and self.initiating.scope == "adapter" and self.training.scope == "full":
             raise ValueError(
-                'the whole model cannot follow an adapter, got initiating.scope = "adapter" and training.scope '
-                '= "full"; set initiating.scope = "full", or initiating.rounds = 0'
+                'the whole model cannot be trained after an adapter, got initiating.scope = "adapter" and '
+                'training.scope = "full"; set initiating.scope = "full", or initiating.rounds = 0'
             )
         planned = self.annealing.heating_rounds + (self.annealing.cooling_rounds or 1)
         if self.annealing.schedule != "constant" and 0 < annealing < planned:

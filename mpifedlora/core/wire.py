@@ -292,10 +292,10 @@ class ClientUpdate:
         expected = (_MAGIC, plan.round_num, ranks_digest(plan.lora_ranks), rows.num_values)
         got = tuple(int(header[name]) for name in ("magic", "round_num", "ranks_digest", "num_values"))
         if got != expected:
+            ranks = " of other ranks" if got[2] != expected[2] else ""
             raise ProtocolError(
                 f"an update must answer round {plan.round_num} with {rows.num_values} values, got round "
-                f"{got[1]} with {got[3]} values{' of other ranks' * (got[2] != expected[2])} (server, row {index}); "
-                "this is a defect, please report it"
+                f"{got[1]} with {got[3]} values{ranks} (server, row {index}); this is a defect: report it"
             )
         return ClientUpdate(
             client_id=int(header["client_id"]),

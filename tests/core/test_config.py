@@ -85,7 +85,7 @@ def test_values_at_the_edge_are_taken(section: str, key: str, value: Any) -> Non
         ({"training": {"local_steps": 1, "local_epochs": 1}}, "only one of local_steps and local_epochs"),
         ({"data": {"source": "x", "partition": "column"}}, "needs partition_column"),
         ({"federation": {"num_rounds": 1}}, "initiating.rounds must be at most federation.num_rounds"),
-        ({"annealing": {"cooling_rounds": 17}}, "must be at most the 18 rounds"),
+        ({"annealing": {"cooling_rounds": 17}}, "must fit into the 18 rounds"),
         ({"evaluation": {"split": "validation"}}, "needs a validation part"),
     ],
 )

@@ -398,6 +398,8 @@ def repaired(tables: dict[str, Any]) -> dict[str, Any]:
     tables["lora"]["target_modules"] = tables["lora"].get("target_modules") or "all-linear"
     tables["data"].setdefault("partition_column", "owner")
     tables["data"]["validation_fraction"] = 0.25
+    if tables["training"].get("scope") == "full":
+        tables["initiating"]["scope"] = "full"
     return tables
 
 
