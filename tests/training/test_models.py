@@ -219,7 +219,8 @@ def test_after_a_cut_a_step_changes_only_the_new_buffer(model):
     old, flat = random_state(old_plan.layout(model.shapes)), random_state(plan.layout(model.shapes), 1)
     old_grad, grad = torch.zeros_like(old), torch.zeros_like(flat)
     model.bind(old_plan, old, old_grad)
-    functional.cross_entropy(model(BATCH), LABELS).backward()
+    old_loss = functional.cross_entropy(model(BATCH), LABELS)
+    old_loss.backward()  # its graph lives on, and remembers the old shapes
     copies = old.clone(), old_grad.clone(), flat.clone()
     model.bind(plan, flat, grad)
     optimizer = torch.optim.SGD(bound_parameters(model), 1e-4)
@@ -232,6 +233,8 @@ def test_after_a_cut_a_step_changes_only_the_new_buffer(model):
     assert grad.any()
     assert all(torch.equal(*pair) for pair in zip(model._body, before, strict=True))
     assert functional.cross_entropy(model(BATCH), LABELS) < loss
+    assert {layer.lora_A["default"].out_features for layer in model._layers} == {2}
+    assert old_loss.grad_fn is not None
 
 
 # freeze
