@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 
 import click
 
-from mpifedlora.errors import MpiFedLoraError
+from mpifedlora.errors import MpiFedLoraError, TrainingError
 
 VERBS = ("run", "data", "methods", "version")
 
@@ -43,13 +44,17 @@ def main() -> None:
 
 
 def entry() -> None:
-    """Run the command line and exit: 0 if all went well, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line and exit: 0 if all went well, 1 if training failed, 2 for a wrong input."""
     sys.exit(_exit_code())
 
 
 def _exit_code() -> int:
     try:
         result = main.main(prog_name="mpifedlora", standalone_mode=False)
+    except TrainingError as error:
+        traceback.print_exception(error)
+        click.echo(f"error: {error}", err=True)
+        return 1
     except MpiFedLoraError as error:
         click.echo("error: " + str(error).replace("\n", "\n       "), err=True)
         return 2

@@ -107,7 +107,7 @@ def _build(config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str,
     device = setup.choose_device(
         training.device, setup.num_visible_gpus(), place.worker_index, place.num_workers
     )
-    threads = setup.choose_threads(training.threads, place.num_processes)
+    threads = setup.choose_threads(training.threads, place.num_cores, place.num_sharing_cores)
     setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)
     data = setup.read_data(config)
     replica = setup.build_replica(config, data, device)

@@ -264,19 +264,18 @@ def _choose_workers(
     return tuple(workers.get(client_id, -1) for client_id in range(len(sizes)))
 
 
-def choose_threads(requested: int | None, num_processes: int) -> int:
-    """Return the CPU threads of one process: as asked for, or a fair share of the node's cores.
+def choose_threads(requested: int | None, num_cores: int, num_sharing: int) -> int:
+    """Return the CPU threads of one process: as asked for, or a fair share of its cores.
 
     Args:
         requested: `[training] threads`.
-        num_processes: of this job on the node.
+        num_cores: cores that this process may run on.
+        num_sharing: processes of this job that may run on the same ones.
+
+    >>> choose_threads(None, 16, 4), choose_threads(None, 2, 5), choose_threads(1, 16, 4)
+    (4, 1, 1)
     """
-    if requested is not None:
-        return requested
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # A launcher that binds processes to cores has divided them already.
-    share = (os.cpu_count() or 1) // num_processes
-    return max(1, min(available, share))
+    return requested or max(1, num_cores // num_sharing)
 
 
 def choose_device(requested: str, num_visible: int, worker_index: int, num_workers: int) -> str:

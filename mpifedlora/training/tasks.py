@@ -60,6 +60,8 @@ class ClassificationTask:
         ids = self.tokenizer(
             list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False
         )["input_ids"]
+        # A tokenizer without special tokens leaves nothing of an empty text, which no model takes.
+        ids = [row or [self.pad_token_id] for row in ids]
         offsets = np.cumsum([0, *(len(row) for row in ids)])
         return EncodedExamples(np.concatenate(ids).astype(np.int32), offsets.astype(np.int64), labels)
 

@@ -6,6 +6,7 @@ submit predictions; the workers submit their clients' rows. Both ends know all s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -25,15 +26,24 @@ class NodePlace:
 
     Args:
         host: name of the node.
-        num_processes: of this job on the node.
-        num_workers: of them, those that train.
+        num_cores: that this process may run on.
+        num_sharing_cores: processes of this job that may run on the same cores, this one included.
+        num_workers: processes of this job on the node that train.
         worker_index: this worker's number among them; the server's is num_workers.
     """
 
     host: str
-    num_processes: int
+    num_cores: int
+    num_sharing_cores: int
     num_workers: int
     worker_index: int
+
+
+def own_cores() -> list[int]:
+    """Return the numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 class TrainsClients(Protocol):

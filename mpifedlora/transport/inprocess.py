@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpifedlora.core.agreement import Status
-from mpifedlora.transport.base import NodePlace, TrainsClients
+from mpifedlora.transport.base import NodePlace, TrainsClients, own_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,13 @@ class Alone:
     library = "in one process, without MPI"
 
     def __init__(self) -> None:
-        self.place = NodePlace(socket.gethostname(), num_processes=1, num_workers=1, worker_index=0)
+        self.place = NodePlace(
+            host=socket.gethostname(),
+            num_cores=len(own_cores()),
+            num_sharing_cores=1,
+            num_workers=1,
+            worker_index=0,
+        )
 
     def exchange(self, status: Status) -> list[Status]:
         """Return this process's own status."""

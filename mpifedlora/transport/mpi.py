@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from mpifedlora.core.agreement import STATUS_BYTES, Status
 from mpifedlora.errors import ConfigError
-from mpifedlora.transport.base import NodePlace
+from mpifedlora.transport.base import NodePlace, own_cores
 
 # What needs torch is loaded when the set-up has been checked: a mistake is told in a second, not ten.
 if TYPE_CHECKING:
@@ -242,9 +243,15 @@ def _place(comm: Communicator) -> NodePlace:
     from mpi4py import MPI
 
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    ranks = np.zeros(node.size, np.int64)
-    node.Allgather(np.array([comm.rank]), ranks)
-    workers = [int(mpi_rank) for mpi_rank in ranks if mpi_rank > 0]
-    index = workers.index(comm.rank) if comm.rank in workers else len(workers)
+    ranks_and_cores = np.zeros((node.size, 2), np.int64)
+    cores = zlib.crc32(repr(own_cores()).encode())
+    node.Allgather(np.array([comm.rank, cores]), ranks_and_cores)
     node.Free()
-    return NodePlace(socket.gethostname(), len(ranks), len(workers), index)
+    workers = [int(mpi_rank) for mpi_rank in ranks_and_cores[:, 0] if mpi_rank > 0]
+    return NodePlace(
+        host=socket.gethostname(),
+        num_cores=len(own_cores()),
+        num_sharing_cores=int((ranks_and_cores[:, 1] == cores).sum()),
+        num_workers=len(workers),
+        worker_index=workers.index(comm.rank) if comm.rank in workers else len(workers),
+    )

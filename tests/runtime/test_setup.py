@@ -1,14 +1,12 @@
-import os
-
 import pytest
 import torch
 from support import make_run_file
 
 from mpifedlora.core.wire import ABSENT
-from mpifedlora.errors import AdapterError, ConfigError
+from mpifedlora.errors import AdapterError
 from mpifedlora.io.model_files import check_targets
 from mpifedlora.io.run_file import read_run_file
-from mpifedlora.runtime.setup import build_switches, choose_device, choose_threads, model_path, read_data
+from mpifedlora.runtime.setup import build_switches, choose_threads, model_path, read_data
 
 SIZES = [10, 0, 7, 40]
 
@@ -35,58 +33,19 @@ DEVICES = {
 
 
 @pytest.mark.parametrize(
-    ("requested", "node", "expected"),
-    [("auto", *case) for case in DEVICES.items()]
-    + [("cuda", *case) for case in DEVICES.items() if case[0][0]],
-)
-def test_workers_take_the_gpus_in_turn_and_the_server_a_spare_one(requested, node, expected):
-    num_visible, num_workers = node
-    assert [choose_device(requested, num_visible, i, num_workers) for i in range(num_workers + 1)] == expected
-
-
-@pytest.mark.parametrize(("node", "expected"), DEVICES.items())
-def test_the_cpu_is_taken_where_it_is_asked_for(node, expected):
-    assert {choose_device("cpu", node[0], i, node[1]) for i in range(node[1] + 1)} == {"cpu"}
-
-
-def test_with_one_gpu_per_task_every_worker_takes_the_one_it_sees():
-    assert {choose_device("auto", 1, index, 4) for index in range(4)} == {"cuda:0"}
-
-
-def test_cuda_without_a_gpu_is_refused_on_workers_only():
-    with pytest.raises(ConfigError, match=r'training\.device = "cuda" needs a GPU.*worker 1'):
-        choose_device("cuda", 0, 1, 2)
-    assert choose_device("cuda", 0, 2, 2) == "cpu"
-
-
-# threads
-
-
-@pytest.mark.parametrize(
-    ("requested", "num_cores", "num_bound", "num_processes", "expected"),
+    ("requested", "num_cores", "num_sharing", "expected"),
     [
-        (None, 8, 8, 1, 8),
-        (None, 8, 8, 3, 2),
-        (None, 8, 8, 8, 1),
-        (None, 8, 8, 20, 1),
-        (None, 64, 4, 5, 4),  # the launcher has bound each process to 4 cores
-        (None, 64, 1, 5, 1),
-        (6, 2, 2, 5, 6),
-        (1, 64, 64, 1, 1),
+        (None, 16, 1, 16),
+        (None, 16, 4, 4),
+        (None, 16, 5, 3),  # never more than there are
+        (None, 4, 4, 1),  # a cpuset of 4 cores on a node of 64, shared by 4 processes
+        (None, 2, 5, 1),
+        (None, 1, 1, 1),  # bound to a core of its own
+        (3, 2, 5, 3),
     ],
 )
-def test_threads_are_what_is_asked_for_or_a_share_of_the_cores(
-    monkeypatch, requested, num_cores, num_bound, num_processes, expected
-):
-    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_bound)), raising=False)
-    assert choose_threads(requested, num_processes) == expected
-
-
-def test_threads_without_affinity_are_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert choose_threads(None, 2) == 3
+def test_threads_are_a_share_of_the_cores(requested, num_cores, num_sharing, expected):
+    assert choose_threads(requested, num_cores, num_sharing) == expected
 
 
 # switches
