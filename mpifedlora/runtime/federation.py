@@ -64,44 +64,40 @@ def conduct(
     with Progress(config.federation.num_rounds) as progress:
         server = _server(config, replica, transport, progress)
         progress.start(_first_lines(resolved, replica, info, out))
-        saver = _Saver(writer, progress)
-        saver.save()
+        saver = _Saver(progress)
+        saver.attempt(writer.write)
         try:
             _run_rounds(server, writer, saver, progress)
         except BaseException:
             writer.set_status("failed")
-            saver.save()
+            saver.attempt(writer.write)
             raise
-        saver.attempt(lambda: _export(out, config, replica, server.coordinator))
         writer.set_status("finished")
-        saver.save()
+        is_saved = saver.attempt(lambda: _export(out, config, replica, server.coordinator))
+        is_saved = saver.attempt(writer.write) and is_saved
         files = {name: free_name(out / name) for name in _left_behind(out)}
         wall_s = time.perf_counter() - started
         progress.finish(summarise(writer.rows, baselines=server.baselines(), wall_s=wall_s, files=files))
-    return EXIT_NOT_SAVED if saver.has_failed else EXIT_OK
+    return EXIT_OK if is_saved else EXIT_NOT_SAVED
 
 
 class _Saver:
     """Writes, and tells a failure once instead of ending the run."""
 
-    def __init__(self, writer: ResultsWriter, progress: Progress) -> None:
-        self.writer = writer
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.last_failure = ""
-        self.has_failed = False
 
-    def save(self) -> None:
-        self.has_failed = False
-        self.attempt(self.writer.write)
-
-    def attempt(self, write: Callable[[], None]) -> None:
+    def attempt(self, write: Callable[[], None]) -> bool:
+        """Say whether it was written."""
         try:
             write()
         except CheckpointError as error:
-            self.has_failed = True
             if str(error) != self.last_failure:
                 self.progress.warn(str(error))
             self.last_failure = str(error)
+            return False
+        return True
 
 
 def _server(config: RunConfig, replica: Replica, transport: ServerTransport, progress: Progress) -> Server:
@@ -134,7 +130,7 @@ def _run_rounds(server: Server, writer: ResultsWriter, saver: _Saver, progress: 
         writer.add(row)
         writer.set_baselines(server.baselines())
         progress.round_finished(row)
-        saver.save()
+        saver.attempt(writer.write)
 
 
 def _export(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> None:
@@ -190,8 +186,9 @@ def _first_lines(resolved: ResolvedRun, replica: Replica, info: RunInfo, out: Pa
             f"{config.aggregation.kind} aggregation, initiating {config.initiating.rounds} rounds "
             f"({config.initiating.scope})"
         )
-    for key in resolved.ignored_keys:
-        yield f"note: method {info.method} sets {key}; the run file's value is ignored"
+    if resolved.ignored_keys:
+        keys = ", ".join(resolved.ignored_keys)
+        yield f"note: method {info.method} sets {keys}; what the run file says of them is ignored"
     without = [client for client, part in enumerate(replica.data.parts) if not len(part)]
     if without:
         yield f"note: {len(without)} clients have no examples and never take part: {_listed(without)}"

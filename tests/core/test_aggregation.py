@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -25,14 +25,6 @@ from mpifedlora.errors import AggregationError
 
 LAWS = settings(max_examples=25, deadline=None)
 NUMBERS = st.lists(st.integers(1, 500), min_size=1, max_size=5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Cohort(NamedTuple):

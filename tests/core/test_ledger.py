@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import pytest
@@ -24,14 +24,6 @@ SHAPES = ModelShapes(
 HEADER = 128 + 2 * 2 * 4  # of a downlink: fixed part, and two ranks of 4 bytes for each of two modules
 COHORTS = st.sets(st.integers(0, NUM_CLIENTS - 1), min_size=1).map(sorted)
 Cohorts = Sequence[Sequence[int]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def simulate(

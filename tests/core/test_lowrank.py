@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -24,14 +23,6 @@ from mpifedlora.core.lowrank import (
 LAWS = settings(max_examples=25, deadline=None)
 DTYPES = st.sampled_from((torch.float32, torch.float64))
 WEIGHTS = st.lists(st.floats(1e-3, 10), min_size=1, max_size=4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Case(NamedTuple):
