@@ -23,8 +23,8 @@ import numpy as np
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.results import Results, read_results
 
-ADAPTER_RATES = (2e-3, 4e-3, 8e-3)
-FULL_RATES = (1e-4, 3e-4, 1e-3)
+ADAPTER_RATES = (2e-3, 4e-3)
+FULL_RATES = (3e-4, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Method:
 
 METHODS = {
     "freeze": Method({"annealing.cut": "freeze"}),
-    "freeze, linear": Method({"annealing.cut": "freeze", "annealing.schedule": "linear"}, rates=(4e-3,)),
     "drop": Method({"annealing.cut": "drop"}),
     "fixed rank": Method({"federation.method": "fedit"}),
     "fedavg": Method({"federation.method": "fedavg"}, "training.full_learning_rate", FULL_RATES),
@@ -56,9 +55,7 @@ class Trial:
 
     def folder(self, out: Path) -> Path:
         """Return where its results lie."""
-        return (
-            out / f"{self.method.replace(', ', '-').replace(' ', '-')}-{self.rate:g}-{self.seed}-{self.split}"
-        )
+        return out / f"{self.method.replace(' ', '-')}-{self.rate:g}-{self.seed}-{self.split}"
 
 
 def run_trial(trial: Trial, run_file: str, common: Sequence[str], out: Path) -> Results:
@@ -141,7 +138,9 @@ def _table(rows: Iterable[Mapping[str, object]]) -> str:
 @click.option("--rounds", default=20, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--jobs", default=2, show_default=True, help="Runs at a time, one core each.")
-@click.option("--fixed-rank", default=8, show_default=True, help="Rank whose bytes equal the annealed run's.")
+@click.option(
+    "--fixed-rank", default=11, show_default=True, help="Rank whose bytes equal the annealed run's."
+)
 @click.option("--set", "extra", multiple=True, help="section.key=value for every run.")
 def main(
     run_file: str,
@@ -161,9 +160,9 @@ def main(
     common = [
         f"federation.num_rounds={rounds}",
         "data.validation_fraction=0.1",
-        f"evaluation.every={rounds // 2}",
+        f"evaluation.every={rounds}",
     ]
-    common += ["evaluation.max_examples=2000", *extra]
+    common += ["evaluation.max_examples=1200", *extra]
     with ThreadPoolExecutor(jobs) as pool:
 
         def run_all(trials: list[Trial]) -> dict[Trial, Results]:

@@ -170,7 +170,7 @@ class InitiatingConfig(Section):
 class AnnealingConfig(Section):
     """`[annealing]`: stage 2 of SA-FedLoRA, the rank budget as a falling temperature."""
 
-    schedule: RankSchedule = Field("cubic", description="Shape of the cooling.")
+    schedule: RankSchedule = Field("linear", description="Shape of the cooling.")
     heating_rounds: Count = Field(2, description="Rounds at full budget before cooling begins.")
     cooling_rounds: PositiveInt | None = Field(
         None, description="Rounds until the budget is rank_min; by default all that remain."
@@ -206,7 +206,7 @@ class TrainingConfig(Section):
     )
     batch_size: PositiveInt = Field(16, description="Examples per step.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Fresh at each round's start.")
-    learning_rate: Positive = Field(2e-3, description="Step size where the adapter is trained.")
+    learning_rate: Positive = Field(4e-3, description="Step size where the adapter is trained.")
     full_learning_rate: Positive = Field(
         3e-4, description="Step size where the whole model is trained (`scope = full`)."
     )

@@ -1,4 +1,4 @@
-"""One thread for the tests of the core: small arithmetic is faster so, and its bits are the same everywhere."""
+"""One thread for the tests of the core: small arithmetic is faster so, and its bits are equal everywhere."""
 
 from collections.abc import Iterator
 
