@@ -1,6 +1,7 @@
 """Runs as users start them: real processes, real kills, real bad input."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -213,6 +214,24 @@ def test_an_exception_on_a_worker_ends_the_job_with_its_name(tmp_path, processes
     assert "error: worker " in output
     assert "failed in round 1 on client " in output
     assert "Traceback" in output
+
+
+@pytest.mark.slow
+def test_open_mpi_counts_the_same_bytes(folder, tmp_path):
+    """The ledger against the MPI library's own monitoring of its collectives."""
+    env = {
+        "OMPI_MCA_pml_monitoring_enable": "2",
+        "OMPI_MCA_pml_monitoring_enable_output": "3",
+        "OMPI_MCA_pml_monitoring_filename": str(tmp_path / "monitor"),
+    }
+    code, output = finish(start(folder, tmp_path / "run", processes=3, env=env))
+    assert code == 0, output
+    if not (tmp_path / "monitor.0.prof").exists():
+        pytest.skip("needs Open MPI's monitoring component")
+    ours = (tmp_path / "monitor.0.prof").read_text().split(" DUP FROM ")[1].split("\nD")[0]
+    one_to_all, all_to_one = (int(re.search(rf"{kind}\t0\t(\d+) bytes", ours)[1]) for kind in ("O2A", "A2O"))
+    results = read_results(tmp_path / "run" / "results.h5")
+    assert results.rounds["mpi_bytes"].sum() == one_to_all + all_to_one
 
 
 @pytest.mark.slow
