@@ -7,7 +7,7 @@ is loaded. The second builds what every process needs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -332,11 +332,6 @@ def num_visible_gpus() -> int:
     import torch
 
     return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
-
-
-def digests(config_digest: str, version: str, data: str = "", model: str = "") -> Mapping[str, str]:
-    """Return what every process must agree on, by field of `mpifedlora.core.agreement.FIELDS`."""
-    return {"package version": version, "configuration": config_digest, "data": data, "model": model}
 
 
 def quiet_libraries() -> None:
