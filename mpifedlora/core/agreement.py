@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mpifedlora.errors import ConfigError
 
-FIELDS = ("package version", "configuration", "data", "model")
+FIELDS = ("package version", "configuration", "data", "model", "folder for clients' states")
 _DIGEST_CHARS = 64
 Bytes = npt.NDArray[np.uint8]
 _ERROR_BYTES = 3720

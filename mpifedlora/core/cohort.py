@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from mpifedlora.core.seeding import numpy_generator
 
 
@@ -23,6 +25,24 @@ def choose_cohort(
         return tuple(sorted(eligible))
     drawn = numpy_generator(seed, "cohort", round_num).choice(eligible, cohort_size, replace=False)
     return tuple(sorted(int(client_id) for client_id in drawn))
+
+
+def draw_poisson_cohort(
+    eligible: Sequence[int], probability: float, generator: np.random.Generator
+) -> tuple[int, ...]:
+    """Let every client take part on its own with one probability: the cohort may be of any size, or empty.
+
+    Args:
+        eligible: ids of the clients that have examples.
+        probability: of taking part, in [0, 1].
+        generator: of the round. Where privacy counts on nobody knowing the cohort, it may not start
+            from a seed that is known.
+
+    References:
+        DP-FedAvg, arXiv 1710.06963: the sampling that the accountant of Poisson sampling assumes.
+    """
+    takes_part = generator.random(len(eligible)) < probability
+    return tuple(sorted(int(client_id) for client_id in np.asarray(eligible)[takes_part]))
 
 
 def assign_clients(cohort: Sequence[int], load: Mapping[int, int], num_workers: int) -> dict[int, int]:

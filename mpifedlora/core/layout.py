@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpifedlora.errors import AdapterError
+
+Parts = Literal["", "a", "b", "ab"]
+DENSE = -1  # in place of a rank: the whole (out_features, in_features) matrix, where that is smaller
 
 
 class LinearShape(NamedTuple):
@@ -53,6 +56,7 @@ class AdapterLayout:
         modules: the adapted linear layers, in order.
         lora_ranks: one rank a module, each 0 to min(in_features, out_features).
         whole: tensors exchanged whole, after the factors.
+        parts: which factors the buffer holds; a factor that it does not hold is seen with rank 0.
 
     Raises:
         AdapterError: if the ranks do not fit the modules.
@@ -65,6 +69,7 @@ class AdapterLayout:
     modules: tuple[LinearShape, ...]
     lora_ranks: tuple[int, ...]
     whole: tuple[TensorShape, ...] = ()
+    parts: Parts = "ab"
 
     def __post_init__(self) -> None:
         if len(self.modules) != len(self.lora_ranks):
@@ -83,18 +88,20 @@ class AdapterLayout:
     def factor_values(self) -> int:
         """Values in all A and B: the sum over modules of lora_rank * (in_features + out_features)."""
         return sum(
-            lora_rank * (module.in_features + module.out_features)
-            for module, lora_rank in zip(self.modules, self.lora_ranks, strict=True)
+            rank_a * module.in_features + rank_b * module.out_features
+            for module, (rank_a, rank_b) in zip(self.modules, self._held, strict=True)
         )
+
+    @cached_property
+    def _held(self) -> list[tuple[int, int]]:
+        """Directions that the buffer holds of each module's A and B."""
+        has_a, has_b = "a" in self.parts, "b" in self.parts
+        return [(lora_rank * has_a, lora_rank * has_b) for lora_rank in self.lora_ranks]
 
     @cached_property
     def num_values(self) -> int:
         """Values in the whole buffer."""
         return self.factor_values + sum(math.prod(tensor.shape) for tensor in self.whole)
-
-    def with_ranks(self, lora_ranks: Sequence[int]) -> AdapterLayout:
-        """Return the layout of the same tensors at other ranks."""
-        return replace(self, lora_ranks=tuple(lora_ranks))
 
     def factors(self, flat: Tensor) -> list[Factors]:
         """Return views of each module's A and B.
@@ -103,11 +110,11 @@ class AdapterLayout:
             flat: buffer (num_values,), any dtype and device.
         """
         views, offset = [], 0
-        for module, lora_rank in zip(self.modules, self.lora_ranks, strict=True):
-            middle = offset + lora_rank * module.in_features
-            end = middle + lora_rank * module.out_features
-            a = flat[offset:middle].view(lora_rank, module.in_features)
-            views.append(Factors(a, flat[middle:end].view(module.out_features, lora_rank)))
+        for module, (rank_a, rank_b) in zip(self.modules, self._held, strict=True):
+            middle = offset + rank_a * module.in_features
+            end = middle + rank_b * module.out_features
+            a = flat[offset:middle].view(rank_a, module.in_features)
+            views.append(Factors(a, flat[middle:end].view(module.out_features, rank_b)))
             offset = end
         return views
 
@@ -120,6 +127,27 @@ class AdapterLayout:
     def whole_values(self, flat: Tensor) -> Tensor:
         """Return the flat part of the buffer behind all factors."""
         return flat[self.factor_values : self.num_values]
+
+
+def copy_common(source: AdapterLayout, values: Tensor, target: AdapterLayout, out: Tensor) -> Tensor:
+    """Copy what two layouts of one model both hold: leading directions of factors, and whole tensors.
+
+    Args:
+        source: layout of `values`.
+        values: (source.num_values,).
+        target: layout of `out`; its ranks may be lower or higher.
+        out: (target.num_values,), whose other values are left as they are, and returned.
+    """
+    if source == target:
+        return out.copy_(values)
+    for given, taken in zip(source.factors(values), target.factors(out), strict=True):
+        rank_a = min(given.a.shape[0], taken.a.shape[0])
+        rank_b = min(given.b.shape[1], taken.b.shape[1])
+        taken.a[:rank_a].copy_(given.a[:rank_a])
+        taken.b[:, :rank_b].copy_(given.b[:, :rank_b])
+    if source.whole and target.whole:
+        target.whole_values(out).copy_(source.whole_values(values))
+    return out
 
 
 @dataclass(frozen=True)
@@ -136,13 +164,20 @@ class ModelShapes:
     head: tuple[TensorShape, ...]
     body: tuple[TensorShape, ...]
 
-    def adapter(self, lora_ranks: Sequence[int]) -> AdapterLayout:
-        """Layout of adapter and head, what is exchanged when the scope is `adapter`."""
-        return AdapterLayout(self.modules, tuple(lora_ranks), self.head)
+    def adapter(self, lora_ranks: Sequence[int], parts: Parts = "ab") -> AdapterLayout:
+        """Layout of adapter and head, or of a part of the factors and the head."""
+        return AdapterLayout(self.modules, tuple(lora_ranks), self.head, parts)
 
-    def directions(self, lora_ranks: Sequence[int]) -> AdapterLayout:
-        """Layout of frozen directions alone."""
-        return AdapterLayout(self.modules, tuple(lora_ranks))
+    def frozen(self, lora_ranks: Sequence[int]) -> AdapterLayout:
+        """Layout of what is added to the base weights: factors, or whole matrices where the rank is DENSE."""
+        pairs = list(zip(self.modules, lora_ranks, strict=True))
+        dense = tuple(
+            TensorShape(module.name, (module.out_features, module.in_features))
+            for module, lora_rank in pairs
+            if lora_rank == DENSE
+        )
+        ranks = tuple(0 if lora_rank == DENSE else lora_rank for lora_rank in lora_ranks)
+        return AdapterLayout(self.modules, ranks, dense)
 
     def full(self) -> AdapterLayout:
         """Layout of every weight, what is exchanged when the scope is `full`."""

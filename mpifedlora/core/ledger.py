@@ -1,44 +1,72 @@
 """Bytes of a run: counted on the buffers that are sent, and in closed form from the layout.
 
 `uplink_bytes` and `downlink_bytes` are what the clients of a real federation would send and
-receive, headers included. Two rules follow: what every client has before round 1 (pre-trained
-weights, and the initial adapter, which follows from the seed) is never sent, and a client that
-was absent when base weights or frozen directions went out receives them with its next downlink.
+receive, headers included. Three rules follow: what every client has before round 1 (pre-trained
+weights) or derives from the seed (fresh factors) is never sent; a client that was absent when base
+weights or frozen directions went out receives them with its next downlink, and so it does the last
+version of a factor that changed meanwhile; a client of a lower rank receives its leading directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from mpifedlora.core.layout import ModelShapes
-from mpifedlora.core.wire import HEADER_BYTES, VALUE_BYTES, RoundPlan, downlink_header_bytes
+from mpifedlora.core.layout import AdapterLayout, ModelShapes, Parts
+from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, downlink_header_bytes
+from mpifedlora.core.wire import VALUE_BYTES, ClientUpdate
+
+_FACTORS: tuple[Parts, ...] = ("a", "b")
 
 
 class Ledger:
-    """Counts what each client would receive, catch-up included.
+    """Counts what each client would send and receive, catch-up included.
 
     Args:
         num_clients: clients of the federation.
     """
 
     def __init__(self, num_clients: int) -> None:
-        self.once: list[int] = []  # bytes of everything that went out once, in order
+        self.once: list[int] = []  # values of everything that went out once, in order
         self.heard = [0] * num_clients  # how many of those each client has received
+        self.changed = dict.fromkeys(_FACTORS, 0)  # the round that last sent each factor
+        self.joined = [0] * num_clients  # the round each client last took part in
 
     def count_downlink(self, plan: RoundPlan, shapes: ModelShapes) -> int:
         """Return the downlink bytes of a round, and note what its cohort has now received."""
-        base, frozen, state = plan.segments(shapes)
-        if base.num_values + frozen.num_values:
-            self.once.append(VALUE_BYTES * (base.num_values + frozen.num_values))
-        each = downlink_header_bytes(len(shapes.modules)) + VALUE_BYTES * state.num_values
-        total = sum(each + self._missed(client_id) for client_id in plan.cohort)
+        parts = plan.segments(shapes)
+        sent_once = parts.base.num_values + parts.frozen.num_values + parts.maps.num_values
+        if sent_once:
+            self.once.append(sent_once)
+        for factor in _FACTORS:
+            if plan.restarts:
+                self.changed[factor] = 0
+            elif plan.sends_state and factor in plan.sends_parts:
+                self.changed[factor] = plan.round_num
+        values = sum(self._values(plan, shapes, client_id) for client_id in plan.cohort)
         for client_id in plan.cohort:
-            self.heard[client_id] = len(self.once)
-        return total
+            self.heard[client_id], self.joined[client_id] = len(self.once), plan.round_num
+        header = downlink_header_bytes(len(shapes.modules), has_variates=plan.has_variates)
+        return len(plan.cohort) * header + VALUE_BYTES * values
 
-    def _missed(self, client_id: int) -> int:
-        return sum(self.once[self.heard[client_id] :])
+    def _values(self, plan: RoundPlan, shapes: ModelShapes, client_id: int) -> int:
+        missed = sum(self.once[self.heard[client_id] :])
+        if not plan.sends_state:
+            return missed
+        shared = plan.shared_layout(shapes, client_id)
+        variate = shared.num_values if plan.has_variates else 0
+        if plan.scope == "full":
+            return missed + variate + shared.num_values
+        return missed + variate + self._state_values(replace(shared, parts=""), client_id)
+
+    def _state_values(self, layout: AdapterLayout, client_id: int) -> int:
+        due = (factor for factor in _FACTORS if self.changed[factor] > self.joined[client_id])
+        return layout.num_values + sum(replace(layout, parts=factor).factor_values for factor in due)
+
+
+def count_uplink(updates: Sequence[ClientUpdate]) -> int:
+    """Return the bytes that the clients of a round have sent."""
+    return sum(HEADER_BYTES + update.values.nbytes for update in updates)
 
 
 @dataclass(frozen=True)
@@ -66,18 +94,3 @@ def fixed_traffic(shapes: ModelShapes, num_values: int, cohort_sizes: Sequence[i
     headers = (HEADER_BYTES + downlink_header_bytes(len(shapes.modules))) * sum(cohort_sizes)
     values = num_values * (sum(cohort_sizes) + sum(cohort_sizes[1:]))
     return Traffic(values, headers + VALUE_BYTES * values)
-
-
-def annealed_traffic(shapes: ModelShapes, plans: Iterable[RoundPlan]) -> Traffic:
-    """Uplink and downlink of a run in closed form, from its plans, when every client hears each round.
-
-    Sum over rounds and clients of: values of the round's layout (up); values of state, frozen
-    directions and base weights (down); and both headers.
-    """
-    values = num_bytes = 0
-    for plan in plans:
-        each = plan.layout(shapes).num_values + plan.message_values(shapes)
-        values += each * len(plan.cohort)
-        headers = HEADER_BYTES + downlink_header_bytes(len(shapes.modules))
-        num_bytes += (headers + VALUE_BYTES * each) * len(plan.cohort)
-    return Traffic(values, num_bytes)

@@ -17,6 +17,11 @@ from mpifedlora.core.layout import Factors
 # LoRA draws A from U(-1/sqrt(in), 1/sqrt(in)): a row of A has expected squared norm 1/3.
 INITIAL_ROW_NORM = 1 / math.sqrt(3)
 
+# What a floating-point operation of float32 QR and of float64 SVD costs, relative to one of a float32
+# matrix product: measured at inner dimensions of some hundred, where the choice is close.
+QR_COST = 3.0
+SVD_COST = 2.7
+
 
 class Svd(NamedTuple):
     """Singular triplets of b @ a: `u` (out, k), `s` (k,) float64 and falling, `vt` (k, in)."""
@@ -40,19 +45,104 @@ def stack_weighted(factors: Sequence[Factors], weights: Sequence[float]) -> Fact
 
 
 def svd_of_product(product: Factors) -> Svd:
-    """Return the SVD of b @ a through QR of both factors and the SVD of a small float64 core.
+    """Return the SVD of b @ a, from the factors or from the dense product, whichever costs less.
 
-    Where the inner dimension reaches min(in, out) the dense product is as cheap, and is used.
     Signs are fixed (largest entry of each row of vt positive), so that runs and machines agree.
+
+    Args:
+        product: `b` (out, k) and `a` (k, in), float32 or float64.
+
+    Returns:
+        min(out, k, in) triplets from the factors, min(out, in) from the dense product.
     """
-    a, b = product
-    if a.shape[0] >= min(a.shape[1], b.shape[0]):
-        u, s, vt = torch.linalg.svd((b @ a).double(), full_matrices=False)
-        return _with_fixed_signs(u.to(b.dtype), s, vt.to(a.dtype))
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.mT)
-    u, s, vt = torch.linalg.svd(r_b.double() @ r_a.double().mT)
-    return _with_fixed_signs(q_b @ u.to(b.dtype), s, vt.to(a.dtype) @ q_a.mT)
+    out_features, in_features = product.b.shape[0], product.a.shape[1]
+    cheaper = factored_is_cheaper(out_features, in_features, product.lora_rank)
+    return _svd_factored(product) if cheaper else _svd_dense(product)
+
+
+def svd_of_matrix(dense: Tensor) -> Svd:
+    """Return the SVD of a matrix, its signs fixed as in `svd_of_product`.
+
+    QR in the matrix's own type takes it to a square core first, which costs less than the float64
+    SVD of a long matrix and errs by that type's rounding, as the returned vectors do anyway.
+
+    Args:
+        dense: (out, in), float32 or float64.
+    """
+    out_features, in_features = dense.shape
+    if out_features < in_features:
+        turned = svd_of_matrix(dense.mT)
+        return _with_fixed_signs(turned.vt.mT, turned.s, turned.u.mT)
+    if out_features == in_features:
+        return _with_fixed_signs(*_triplets(dense, dense.dtype))
+    q, r = torch.linalg.qr(dense)
+    u, s, vt = _triplets(r, dense.dtype)
+    return _with_fixed_signs(q @ u, s, vt)
+
+
+def factored_is_cheaper(out_features: int, in_features: int, inner: int) -> bool:
+    """Tell whether the SVD of b @ a costs less from its factors than from the dense product.
+
+    A model: floating-point operations of each step, times what one costs in that kind of step
+    relative to a matrix product. benchmarks/aggregation.py checks it against measured times.
+
+    Args:
+        out_features: rows of b, at least 1.
+        in_features: columns of a, at least 1.
+        inner: columns of b and rows of a, at least 1.
+
+    References:
+        Operation counts of QR and SVD: Golub and Van Loan, Matrix Computations.
+
+    >>> factored_is_cheaper(384, 384, 128), factored_is_cheaper(384, 384, 512)
+    (True, False)
+    """
+    return _factored_cost(out_features, in_features, inner) < _dense_cost(out_features, in_features, inner)
+
+
+def _factored_cost(out_features: int, in_features: int, inner: int) -> float:
+    rows, columns = min(out_features, inner), min(in_features, inner)
+    core = _product_cost(rows, inner, columns) + _svd_cost(rows, columns)
+    least = min(rows, columns)
+    vectors = _product_cost(out_features, rows, least) + _product_cost(in_features, columns, least)
+    return _qr_cost(out_features, inner) + _qr_cost(in_features, inner) + core + vectors
+
+
+def _dense_cost(out_features: int, in_features: int, inner: int) -> float:
+    short, long = sorted((out_features, in_features))
+    cost = _product_cost(out_features, inner, in_features) + _svd_cost(short, short)
+    return cost if short == long else cost + _qr_cost(long, short) + _product_cost(long, short, short)
+
+
+def _product_cost(rows: int, inner: int, columns: int) -> float:
+    return 2 * rows * inner * columns
+
+
+def _qr_cost(rows: int, columns: int) -> float:
+    # Householder: the factorisation, then the explicit q (rows, short).
+    short, long = sorted((rows, columns))
+    return QR_COST * 2 * short**2 * (long + rows - 2 * short / 3)
+
+
+def _svd_cost(rows: int, columns: int) -> float:
+    short, long = sorted((rows, columns))
+    return SVD_COST * (6 * long * short**2 + 20 * short**3)
+
+
+def _svd_factored(product: Factors) -> Svd:
+    q_b, r_b = torch.linalg.qr(product.b)
+    q_a, r_a = torch.linalg.qr(product.a.mT)
+    u, s, vt = _triplets(r_b.double() @ r_a.double().mT, product.b.dtype)
+    return _with_fixed_signs(q_b @ u, s, vt @ q_a.mT)
+
+
+def _svd_dense(product: Factors) -> Svd:
+    return svd_of_matrix(product.b @ product.a)
+
+
+def _triplets(core: Tensor, dtype: torch.dtype) -> Svd:
+    u, s, vt = torch.linalg.svd(core.double(), full_matrices=False)
+    return Svd(u.to(dtype), s, vt.to(dtype))
 
 
 def _with_fixed_signs(u: Tensor, s: Tensor, vt: Tensor) -> Svd:
@@ -61,7 +151,7 @@ def _with_fixed_signs(u: Tensor, s: Tensor, vt: Tensor) -> Svd:
     return Svd(u * signs.mT, s, vt * signs)
 
 
-def factors_of(svd: Svd, first: int, last: int) -> Factors:
+def factors_of(svd: Svd, first: int, last: int | None) -> Factors:
     """Return singular directions first..last-1 as factors.
 
     A gets orthogonal rows of LoRA's initial norm, B all of the singular values: so the step of an

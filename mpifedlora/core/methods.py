@@ -13,7 +13,7 @@ from typing import Any
 
 from mpifedlora.errors import ConfigError
 
-Value = str | int | float
+Value = bool | str | int | float
 Table = dict[str, Any]
 
 DEFAULT_METHOD = "sa-fedlora"
@@ -37,42 +37,103 @@ class Method:
     defaults: Mapping[str, Value] = field(default_factory=dict)
 
 
+_NO_OTHER: Mapping[str, Value] = {
+    "training.mu": 0.0,
+    "training.personal": "none",
+    "training.control_variates": False,
+    "server_optimizer.kind": "none",
+}
+_FIXED_RANK = {
+    "initiating.rounds": 0,
+    "annealing.schedule": "constant",
+    "annealing.allocation": "uniform",
+    **_NO_OTHER,
+}
+_FULL = {"training.scope": "full", **_FIXED_RANK}
+_ADAPTER = {"training.scope": "adapter", **_FIXED_RANK}
+
 _PRESETS = (
     Method(
         "sa-fedlora",
         "Simulated annealing: LoRA with a falling rank, exact aggregation",
         "arXiv 2405.09394 v1",
-        settings={"training.scope": "adapter", "aggregation.kind": "product", "training.mu": 0.0},
+        settings={"training.scope": "adapter", "aggregation.kind": "product", **_NO_OTHER},
     ),
-    Method(
-        "fedavg",
-        "Federated averaging of the whole model",
-        "arXiv 1602.05629",
-        settings={
-            "training.scope": "full",
-            "initiating.rounds": 0,
-            "annealing.schedule": "constant",
-            "training.mu": 0.0,
-        },
-    ),
+    Method("fedavg", "Federated averaging of the whole model", "arXiv 1602.05629", settings=_FULL),
     Method(
         "fedprox",
         "Federated averaging of the whole model with a proximal term",
         "arXiv 1812.06127",
-        settings={"training.scope": "full", "initiating.rounds": 0, "annealing.schedule": "constant"},
+        settings={key: value for key, value in _FULL.items() if key != "training.mu"},
         defaults={"training.mu": 0.01},
+    ),
+    Method(
+        "scaffold",
+        "Federated averaging of the whole model, each client's drift corrected by control variates",
+        "arXiv 1910.06378",
+        settings={
+            **_FULL,
+            "training.control_variates": True,
+            "aggregation.weights": "equal",
+            "training.optimizer": "sgd",
+            "training.momentum": 0.0,
+        },
+        defaults={"training.full_learning_rate": 0.05},
+    ),
+    Method(
+        "fedadam",
+        "Federated averaging of the whole model, Adam on the server",
+        "arXiv 2003.00295",
+        settings={**_FULL, "server_optimizer.kind": "fedadam"},
     ),
     Method(
         "fedit",
         "LoRA at a fixed rank, A and B averaged apart",
         "arXiv 2305.05644",
-        settings={
-            "training.scope": "adapter",
-            "initiating.rounds": 0,
-            "annealing.schedule": "constant",
-            "aggregation.kind": "factors",
-            "training.mu": 0.0,
-        },
+        settings={**_ADAPTER, "aggregation.kind": "factors"},
+    ),
+    Method(
+        "ffa-lora",
+        "LoRA with a fixed A: B alone is trained and averaged",
+        "arXiv 2403.12313",
+        settings={**_ADAPTER, "training.scope": "b-only", "aggregation.kind": "factors"},
+    ),
+    Method(
+        "rolora",
+        "LoRA whose B and A are trained and averaged in turn",
+        "arXiv 2409.02346 v1, later 2502.01755",
+        settings={**_ADAPTER, "training.scope": "alternating", "aggregation.kind": "factors"},
+    ),
+    Method(
+        "fedsa-lora",
+        "LoRA whose A is shared and whose B stays with its client",
+        "arXiv 2410.01463",
+        settings={**_ADAPTER, "training.personal": "b", "aggregation.kind": "factors"},
+        defaults={"evaluation.model": "personal"},
+    ),
+    Method(
+        "flora",
+        "LoRA stacked: every round the clients' exact sum goes into the base and LoRA starts afresh",
+        "arXiv 2409.05976",
+        settings={**_ADAPTER, "aggregation.kind": "stack"},
+    ),
+    Method(
+        "fedex-lora",
+        "LoRA with A and B averaged apart, what that misses of the exact sum put into the base",
+        "arXiv 2410.09432",
+        settings={**_ADAPTER, "aggregation.kind": "residual"},
+    ),
+    Method(
+        "flexlora",
+        "LoRA with a rank for each client, the exact sum cut to it by SVD",
+        "arXiv 2402.11505",
+        settings={**_ADAPTER, "aggregation.kind": "product"},
+    ),
+    Method(
+        "hetlora",
+        "LoRA with a rank for each client, padded with zeros and weighted by norm",
+        "arXiv 2401.06432",
+        settings={**_ADAPTER, "aggregation.kind": "zero-pad", "aggregation.weights": "frobenius"},
     ),
     Method("custom", "Every switch as the run file says", ""),
 )
@@ -118,8 +179,8 @@ def apply_method(raw: Mapping[str, Any]) -> tuple[Table, tuple[str, ...]]:
         ConfigError: Unknown method, or `fedprox` without its proximal term.
 
     >>> tables, ignored = apply_method({"federation": {"method": "fedavg"}, "training": {"mu": 0.1}})
-    >>> tables["training"], ignored
-    ({'mu': 0.0, 'scope': 'full'}, ('training.mu',))
+    >>> tables["training"]["scope"], tables["training"]["mu"], ignored
+    ('full', 0.0, ('training.mu',))
     """
     method = find_method(_chosen_name(raw))
     _check_proximal_term(method, raw)

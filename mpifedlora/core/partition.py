@@ -41,11 +41,13 @@ def partition(
 
     Args:
         kind: `iid` (sizes differ by at most 1), `dirichlet` (each label is shared out by proportions
-            drawn from Dir(alpha)), `shards` (label-sorted shards of equal size) or `column` (by owner).
+            drawn from Dir(alpha)), `quantity` (all examples are, whatever their labels: the sizes
+            differ), `shards` (label-sorted shards of equal size) or `column` (by owner).
         labels: Label number of every example, shape (num_examples,).
         num_clients: Number of clients, at most num_examples.
         seed: The run's seed; `column` does not draw.
-        alpha: Concentration of `dirichlet`, above 0. Small values leave some clients without examples.
+        alpha: Concentration of `dirichlet` and `quantity`, above 0. Small values leave some clients
+            with few examples, or none.
         shards_per_client: Number of shards a client gets under `shards`.
         owners: Owner number of every example under `column`, shape (num_examples,). More owners than
             clients are dealt out in sorted order, round robin.
@@ -60,7 +62,8 @@ def partition(
     References:
         Hsu et al. 2019, arXiv 1909.06335, introduce the Dirichlet partition, with a draw per client;
         the draw per label, which uses every example once, is the form of Yurochkin et al. 2019,
-        arXiv 1905.12022. Shards: McMahan et al. 2017, arXiv 1602.05629, section 3.
+        arXiv 1905.12022. Quantity skew, one draw of all sizes: Li et al. 2022, arXiv 2102.02079.
+        Shards: McMahan et al. 2017, arXiv 1602.05629, section 3.
 
     >>> [part.tolist() for part in partition("column", np.zeros(4, int), 2, 0, owners=np.array([7, 3, 3, 7]))]
     [[1, 2], [0, 3]]
@@ -106,6 +109,35 @@ def split_stratified(labels: IntArray, fraction: float, seed: int, purpose: str)
     return _indices(~is_held_out), _indices(is_held_out)
 
 
+def share_alike(table: IntArray, labels: IntArray, seed: int, purpose: str) -> list[IntArray]:
+    """Share out other examples such that each client's labels are mixed as in its training part.
+
+    The examples of a label are split among the clients in proportion to their training examples of
+    it, by largest remainder (ties to the lower client_id); evenly, where no client has any.
+
+    Args:
+        table: Training examples by client and label, shape (num_clients, num_labels), as `label_table`
+            returns them.
+        labels: Label number of every example to share out, in [0, num_labels), shape (num_examples,).
+        seed: The run's seed.
+        purpose: Names the random stream that picks which examples of a label a client gets.
+
+    Returns:
+        One sorted index array per client: together a disjoint cover of range(num_examples).
+
+    >>> parts = share_alike(np.array([[3, 0], [1, 0]]), np.array([0, 0, 0, 0, 1, 1]), 0, "client-test")
+    >>> label_table(parts, np.array([0, 0, 0, 0, 1, 1]), 2).tolist()
+    [[3, 1], [1, 1]]
+    """
+    generator = numpy_generator(seed, purpose)
+    client_of = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        counts = _proportional_counts(table[:, label], len(members))
+        client_of[members] = np.repeat(np.arange(len(table)), counts)
+    return _group(client_of, len(table))
+
+
 def label_table(parts: Sequence[IntArray], labels: IntArray, num_labels: int) -> IntArray:
     """Count the labels of every client.
 
@@ -142,6 +174,11 @@ def _dirichlet(request: _Request) -> IntArray:
         ends = np.rint(np.cumsum(request.generator.dirichlet(concentration)) * len(members))
         client_of[members] = np.searchsorted(ends[:-1], np.arange(len(members)), side="right")
     return client_of
+
+
+def _quantity(request: _Request) -> IntArray:
+    # With one label for all examples, what is drawn is the sizes, and labels fall at random.
+    return _dirichlet(request._replace(labels=np.zeros_like(request.labels)))
 
 
 def _shards(request: _Request) -> IntArray:
@@ -183,6 +220,7 @@ def _column(request: _Request) -> IntArray:
 _KINDS: dict[str, Callable[[_Request], IntArray]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
+    "quantity": _quantity,
     "shards": _shards,
     "column": _column,
 }
@@ -213,6 +251,15 @@ def _held_out_counts(sizes: IntArray, fraction: float) -> IntArray:
     missing = int(np.rint(sizes.sum() * fraction)) - int(counts.sum())
     by_remainder = np.argsort(counts - sizes * fraction, kind="stable")
     takers = by_remainder[counts[by_remainder] + 1 < sizes[by_remainder]][:missing]
+    counts[takers] += 1
+    return counts
+
+
+def _proportional_counts(weights: IntArray, num_examples: int) -> IntArray:
+    if not weights.any():
+        weights = np.ones_like(weights)
+    counts, remainders = np.divmod(weights * num_examples, weights.sum())
+    takers = np.argsort(-remainders, kind="stable")[: num_examples - counts.sum()]
     counts[takers] += 1
     return counts
 

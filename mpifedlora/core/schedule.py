@@ -30,7 +30,8 @@ class RankSchedule:
 
     Args:
         kind: shape of the cooling over the cooled fraction u in [0, 1]: `constant` 1, `linear` 1-u,
-            `cosine` (1+cos(pi u))/2, `cubic` (1-u)^3, `exponential`, `step`.
+            `cosine` (1+cos(pi u))/2, `cubic` (1-u)^3, `exponential`, `step`; `metropolis` and `target`
+            cool linearly, but their budget follows what is measured (see `Annealer`).
         num_rounds: rounds of the run.
         initiating_rounds: rounds of stage 1, at the full budget.
         heating_rounds: rounds of stage 2 at temperature 1.
@@ -58,6 +59,11 @@ class RankSchedule:
     exponential_end: float = 0.01
     num_steps: int = 4
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the budget follows what is measured."""
+        return self.kind in ("metropolis", "target")
+
     def stage(self, round_num: int) -> Stage:
         """Name the stage of a round (1..num_rounds)."""
         return "initiating" if round_num <= self.initiating_rounds else "annealing"
@@ -75,6 +81,8 @@ class RankSchedule:
         shapes: dict[str, Callable[[float], float]] = {
             "constant": lambda u: 1.0,
             "linear": lambda u: 1 - u,
+            "metropolis": lambda u: 1 - u,
+            "target": lambda u: 1 - u,
             "cosine": lambda u: (1 + math.cos(math.pi * u)) / 2,
             "cubic": lambda u: (1 - u) ** 3,
             "exponential": lambda u: _exponential(u, self.exponential_end),

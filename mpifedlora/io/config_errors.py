@@ -39,8 +39,7 @@ _ADVICE: dict[tuple[str, type], str] = {
     ("integer", bool): "write a number",
     ("number", bool): "write a number",
     ("integer", float): "write a whole number",
-    ("array", str): "put square brackets around it",
-    ("array", list): "put each in quotes",
+    **{("array", kind): "put square brackets around it" for kind in (str, int, float)},
     **{("string", kind): "put it in quotes" for kind in (bool, int, float)},
 }
 
@@ -204,7 +203,8 @@ def _wrong_value(kind: str, schema: Schema, value: object) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be finite, {got}; write a finite number"
     (option, *_) = alternatives_of(schema)
-    if kind in _REMEDIES:
+    # A bound may also be that of a list's items.
+    if kind in _REMEDIES and not isinstance(value, list):
         bounds = describe_bounds(option, with_largest=kind.startswith("less"))
         return f"must be {bounds}, {got}; {_REMEDIES[kind]}{_or_default(schema, ', or leave it out')}"
     return f"must be {describe_requirement(schema)}, {got}; {_remedy(option, value, schema)}"
@@ -214,6 +214,11 @@ def _remedy(option: Schema, value: object, schema: Schema) -> str:
     if "enum" in option:
         near = isinstance(value, str) and _near(value, option["enum"])
         return near or "choose one of them"
+    if isinstance(value, list) and "items" in option:
+        is_text = option["items"]["type"] == "string"
+        return (
+            "put each in quotes" if is_text else "correct the list" + _or_default(schema, ", or leave it out")
+        )
     advice = _ADVICE.get((option["type"], type(value)))
     return advice or _or_default(schema, "leave it out") or "give one"
 

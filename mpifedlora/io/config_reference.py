@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
-from mpifedlora.core.config import LARGEST_INT, RunConfig, Section
+from mpifedlora.core.config import RunConfig
 from mpifedlora.core.methods import METHODS, Method
+from mpifedlora.core.sections import LARGEST_INT, Section
 
 Schema = Mapping[str, Any]
 
@@ -23,8 +24,8 @@ _KINDS = {
     "number": "a number",
     "string": "text",
     "boolean": "true or false",
-    "array": "a list of texts",
 }
+_ITEMS = {"integer": "whole numbers", "number": "numbers", "string": "texts"}
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "above {}",
@@ -135,6 +136,11 @@ def describe_requirement(schema: Schema) -> str:
 def _describe_option(schema: Schema) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(json.dumps(value) for value in schema["enum"])
+    if schema["type"] == "array":
+        bounds, kind = describe_bounds(schema["items"]), _ITEMS[schema["items"]["type"]]
+        return (
+            f"a list of {kind}" + f", each {bounds}" * bool(bounds) + ", not empty" * ("minItems" in schema)
+        )
     details = describe_bounds(schema) or ("not empty" if "minLength" in schema else "")
     kind = _KINDS[schema["type"]]
     return f"{kind}, {details}" if details else kind

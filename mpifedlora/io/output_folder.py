@@ -14,7 +14,10 @@ RESULTS_FILE = "results.h5"
 RUN_FILE = "run.toml"
 ADAPTER_FOLDER = "adapter"
 BASE_FOLDER = "base_model"
-_OWN = (RESULTS_FILE, RUN_FILE, ADAPTER_FOLDER, BASE_FOLDER)
+CLIENT_ADAPTERS_FOLDER = "client_adapters"
+CLIENT_STATES_FOLDER = "client_states"
+_LEFT_BEHIND = (RESULTS_FILE, RUN_FILE, ADAPTER_FOLDER, BASE_FOLDER, CLIENT_ADAPTERS_FOLDER)
+_OWN = (*_LEFT_BEHIND, CLIENT_STATES_FOLDER)
 
 
 def check_output_folder(out: Path, *, overwrite: bool) -> None:
@@ -23,7 +26,7 @@ def check_output_folder(out: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: if it holds a run already, is no folder, or cannot be written.
     """
-    held = [name for name in _OWN if (out / name).exists()] if out.is_dir() else []
+    held = [name for name in _LEFT_BEHIND if (out / name).exists()] if out.is_dir() else []
     if held and not overwrite:
         raise ConfigError(
             f"--out must be a folder without a run, got {out}, which holds {held[0]}; "

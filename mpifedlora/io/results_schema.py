@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Texts = npt.NDArray[np.bytes_]
 
 
 def _utc_now() -> str:
@@ -39,6 +40,8 @@ class RunInfo:
         seed: the run's seed.
         mpi_library: the MPI library's own version text, or how else messages were carried.
         devices: device of the server, then of each worker.
+        eval_model: which model the metrics measure: `global`, or each client's own (`personal`).
+        is_private: whether noise that nobody can take away protects the clients.
         reproducible: whether the conditions held under which any number of workers gives the same bits.
         module_names: the adapted modules, in the order of `module_ranks`.
         label_names: the labels, in the order of `label_table`'s columns; empty for tasks without.
@@ -60,6 +63,8 @@ class RunInfo:
     seed: int
     mpi_library: str
     devices: tuple[str, ...]
+    eval_model: str
+    is_private: bool
     reproducible: bool
     module_names: tuple[str, ...]
     label_names: tuple[str, ...]
@@ -92,6 +97,8 @@ class RoundRow:
         aggregation_error: what is sent next against the exact sum, relative, in the Frobenius norm.
         dropped_energy: share of the squared norm that the cut drops, 0..1.
         num_participants: clients whose update was used.
+        epsilon: of the (epsilon, privacy.delta) guarantee that the model after this round still has;
+            inf under clipping without noise, nan without either.
         train_s: seconds the slowest worker trained.
         collect_s: seconds of collecting the updates.
         aggregate_s: seconds of aggregating and cutting.
@@ -102,7 +109,8 @@ class RoundRow:
         client_train_loss: mean task loss.
         client_train_s: seconds of training.
         client_participated: whether the client's update was used.
-        eval_loss: mean loss of the global model.
+        client_outcome: `used`, or why not: `absent`, `not finite`, `above bound`, `not chosen`.
+        eval_loss: mean loss of the model that `RunInfo.eval_model` names.
         eval_accuracy: its accuracy, 0..1.
         eval_macro_f1: its F1, averaged over labels, 0..1.
     """
@@ -130,6 +138,8 @@ class RoundRow:
     client_train_loss: Floats
     client_train_s: Floats
     client_participated: Bools
+    client_outcome: Texts
+    epsilon: float = math.nan
     eval_loss: float = math.nan
     eval_accuracy: float = math.nan
     eval_macro_f1: float = math.nan
@@ -205,6 +215,7 @@ _KINDS = {
     "Ints": ("int64", "clients"),
     "Floats": ("float64", "clients"),
     "Bools": ("bool", "clients"),
+    "Texts": ("S16", "clients"),
 }
 
 

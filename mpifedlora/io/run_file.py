@@ -21,8 +21,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mpifedlora.core.config import RunConfig, Section
+from mpifedlora.core.config import RunConfig
 from mpifedlora.core.methods import apply_method
+from mpifedlora.core.sections import Section
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.config_errors import Origin, explain, locate, shorten
 from mpifedlora.io.data_fetch import PACKAGED

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from torch import Tensor
+
 from mpifedlora.core.agreement import Status
 from mpifedlora.core.config import RunConfig
+from mpifedlora.core.layout import Factors
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.privacy import spent_epsilon
 from mpifedlora.core.rounds import Coordinator
-from mpifedlora.core.wire import RoundPlan
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.adapter_files import write_adapter, write_base_weights
 from mpifedlora.io.output_folder import (
     ADAPTER_FOLDER,
     BASE_FOLDER,
+    CLIENT_ADAPTERS_FOLDER,
     RESULTS_FILE,
     RUN_FILE,
     free_name,
@@ -24,9 +31,10 @@ from mpifedlora.io.output_folder import (
 from mpifedlora.io.results import ResultsWriter
 from mpifedlora.io.results_schema import RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
+from mpifedlora.runtime.method import build_switches, expected_cohort, has_private_noise
 from mpifedlora.runtime.progress import Progress, summarise
 from mpifedlora.runtime.server import Server
-from mpifedlora.runtime.setup import Replica, build_switches
+from mpifedlora.runtime.setup import Replica
 from mpifedlora.transport.base import ServerTransport
 
 EXIT_OK, EXIT_NOT_SAVED = 0, 1
@@ -112,17 +120,25 @@ def _server(config: RunConfig, replica: Replica, transport: ServerTransport, pro
     return Server(
         coordinator,
         transport,
-        model,
-        replica.evaluation,
+        replica,
         evaluate_every=config.evaluation.every,
         evaluates_on_workers=config.evaluation.on == "workers",
+        epsilon=partial(_epsilon, config),
         warn=progress.warn,
         started=lambda plan: progress.round_started(plan.round_num, plan.stage, _mean_rank(plan)),
     )
 
 
+def _epsilon(config: RunConfig, num_rounds: int) -> float:
+    privacy = config.privacy
+    if privacy.clip_norm is None:
+        return math.nan
+    rate = expected_cohort(config) / config.federation.num_clients
+    return spent_epsilon(num_rounds, rate, privacy.noise_multiplier, privacy.delta)
+
+
 def _mean_rank(plan: RoundPlan) -> float:
-    return sum(plan.lora_ranks) / len(plan.lora_ranks) if plan.scope == "adapter" else 0.0
+    return sum(plan.lora_ranks) / len(plan.lora_ranks) if plan.scope != "full" else 0.0
 
 
 def _run_rounds(server: Server, writer: ResultsWriter, saver: _Saver, progress: Progress) -> None:
@@ -135,16 +151,31 @@ def _run_rounds(server: Server, writer: ResultsWriter, saver: _Saver, progress: 
 
 def _export(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> None:
     changed = coordinator.base_weights()
+    if coordinator.switches.aggregator.folds:
+        changed.update(replica.model.adapted_weights())
     if changed:
         write_base_weights(out / BASE_FOLDER, changed)
-    if coordinator.next_plan.scope == "adapter":
-        settings, tensors = replica.model.export(*coordinator.adapter())
-        settings["base_model_name_or_path"] = config.model.name
-        write_adapter(out / ADAPTER_FOLDER, settings, tensors)
+    if coordinator.next_plan.keeps_b:
+        for client_id, round_num in enumerate(coordinator.state_rounds):
+            if round_num:
+                own = replica.personal_adapter(coordinator.next_plan, client_id)
+                _export_adapter(
+                    out / CLIENT_ADAPTERS_FOLDER / f"client-{client_id:05d}", config, replica, *own
+                )
+    elif coordinator.next_plan.scope != "full":
+        _export_adapter(out / ADAPTER_FOLDER, config, replica, *coordinator.adapter())
+
+
+def _export_adapter(
+    folder: Path, config: RunConfig, replica: Replica, factors: Sequence[Factors], head: Sequence[Tensor]
+) -> None:
+    settings, tensors = replica.model.export(factors, head)
+    settings["base_model_name_or_path"] = config.model.name
+    write_adapter(folder, settings, tensors)
 
 
 def _left_behind(out: Path) -> list[str]:
-    names = (RESULTS_FILE, ADAPTER_FOLDER, BASE_FOLDER, RUN_FILE)
+    names = (RESULTS_FILE, ADAPTER_FOLDER, CLIENT_ADAPTERS_FOLDER, BASE_FOLDER, RUN_FILE)
     return [name for name in names if (out / name).exists()]
 
 
@@ -162,11 +193,18 @@ def _run_info(
         seed=config.federation.seed,
         mpi_library=library,
         devices=tuple(status.device for status in statuses),
-        reproducible=config.federation.reproducible and len({status.device for status in statuses}) == 1,
+        eval_model=config.evaluation.model,
+        is_private=has_private_noise(config),
+        reproducible=_is_reproducible(config, statuses),
         module_names=tuple(module.name for module in replica.model.shapes.modules),
         label_names=replica.data.dataset.label_names,
         label_table=replica.data.label_table(),
     )
+
+
+def _is_reproducible(config: RunConfig, statuses: Sequence[Status]) -> bool:
+    are_alike = len({status.device for status in statuses}) == 1
+    return config.federation.reproducible and are_alike and not has_private_noise(config)
 
 
 def _first_lines(resolved: ResolvedRun, replica: Replica, info: RunInfo, out: Path) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 from mpifedlora.core.agreement import Status, check_agreement
 from mpifedlora.core.config import RunConfig
 from mpifedlora.errors import MpiFedLoraError
-from mpifedlora.io.output_folder import check_output_folder
+from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, check_output_folder
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
+from mpifedlora.runtime.method import client_keeps_state
 from mpifedlora.transport.base import Endpoint
 
 if TYPE_CHECKING:
+    from mpifedlora.io.client_store import ClientStore
     from mpifedlora.runtime.setup import Replica
     from mpifedlora.transport.mpi import Communicator
 
@@ -59,7 +62,9 @@ def run(
     endpoint = _connect(comm)
     try:
         resolved, _ = _agree(endpoint, lambda: _check(request, endpoint))
-        replica, statuses = _agree(endpoint, lambda: _build(resolved.config, endpoint))
+        replica, statuses = _agree(endpoint, lambda: _build(request, resolved.config, endpoint))
+        if client_keeps_state(resolved.config):
+            _agree(endpoint, lambda: _find_token(replica.memory.store, endpoint))
     except MpiFedLoraError:
         if endpoint.is_server:
             raise
@@ -102,7 +107,7 @@ def _check(request: Request, endpoint: Endpoint) -> tuple[ResolvedRun, Mapping[s
     return resolved, _digests(resolved.config), ""
 
 
-def _build(config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str, str], str]:
+def _build(request: Request, config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str, str], str]:
     place, training = endpoint.place, config.training
     device = setup.choose_device(
         training.device, setup.num_visible_gpus(), place.worker_index, place.num_workers
@@ -110,9 +115,16 @@ def _build(config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str,
     threads = setup.choose_threads(training.threads, place.num_cores, place.num_sharing_cores)
     setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)
     data = setup.read_data(config)
-    replica = setup.build_replica(config, data, device)
+    replica = setup.build_replica(config, data, device, request.out / CLIENT_STATES_FOLDER)
+    if endpoint.is_server and client_keeps_state(config):
+        replica.memory.store.write_token(secrets.token_hex(8))
     found = {"data": data.dataset.digest, "model": replica.model.digest()}
     return replica, {**_digests(config), **found}, setup.describe_device(device, threads)
+
+
+def _find_token(store: ClientStore, endpoint: Endpoint) -> tuple[None, Mapping[str, str], str]:
+    """Find what the server left in the folder of clients' states when it was built."""
+    return None, {"folder for clients' states": store.read_token() or "one without the server's mark"}, ""
 
 
 def _digests(config: RunConfig) -> dict[str, str]:
@@ -134,7 +146,7 @@ def _take_part(
         return 0
     if isinstance(endpoint, mpi.MpiServer):
         return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses)
-    own, _, device = _build(resolved.config, endpoint)
+    own, _, device = _build(request, resolved.config, endpoint)
     alone = inprocess.InProcessTransport([Worker(0, 1, own)])
     both = [*statuses, Status(endpoint.place.host, {}, device=device)]
     return conduct(request.out, resolved, replica, alone, endpoint.library, both)

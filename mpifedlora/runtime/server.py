@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from mpifedlora.core.ledger import Ledger, fixed_traffic
+from mpifedlora.core.ledger import Ledger, count_uplink, fixed_traffic
 from mpifedlora.core.metrics import Metrics
+from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, downlink_header_bytes
 from mpifedlora.core.rounds import Coordinator, RoundReport
-from mpifedlora.core.wire import HEADER_BYTES, VALUE_BYTES, ClientUpdate, RoundPlan, downlink_header_bytes
+from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_FINITE
+from mpifedlora.core.wire import VALUE_BYTES
 from mpifedlora.io.results_schema import Baselines, RoundRow
-from mpifedlora.runtime.evaluation import Evaluation
-from mpifedlora.training.models import FederatedModel
+from mpifedlora.runtime.setup import Replica
 from mpifedlora.transport.base import ServerTransport
 
 
@@ -33,16 +35,22 @@ class Stopwatch:
         return self.seconds[name]
 
 
+_ADVICE = {
+    NOT_FINITE: "is not finite and was left out; a lower learning rate may help",
+    ABOVE_BOUND: "is above aggregation.norm_bound and was left out",
+}
+
+
 class Server:
     """Drives the rounds of one federation.
 
     Args:
         coordinator: the protocol and the global state.
         transport: to the workers.
-        model: this process's copy of the global model, for measuring.
-        evaluation: what to measure.
+        replica: this process's copy of model and data, for measuring.
         evaluate_every: rounds; the last round is always measured.
         evaluates_on_workers: whether the workers measure before they train.
+        epsilon: privacy spent after so many rounds.
         warn: where a line that wants attention goes.
         started: told of each round when its plan has gone out.
     """
@@ -51,19 +59,20 @@ class Server:
         self,
         coordinator: Coordinator,
         transport: ServerTransport,
-        model: FederatedModel,
-        evaluation: Evaluation,
+        replica: Replica,
         *,
         evaluate_every: int,
         evaluates_on_workers: bool,
+        epsilon: Callable[[int], float],
         warn: Callable[[str], None],
         started: Callable[[RoundPlan], None],
     ) -> None:
         self.coordinator = coordinator
         self.transport = transport
-        self.model = model
-        self.evaluation = evaluation
+        self.model, self.evaluation = replica.model, replica.evaluation
+        self.held_out, self.store = replica.held_out, replica.memory.store
         self.evaluate_every = evaluate_every
+        self.epsilon = epsilon
         self.evaluates_on_workers = evaluates_on_workers
         num_clients = len(coordinator.next_plan.workers)
         self.ledger = Ledger(num_clients)
@@ -102,8 +111,17 @@ class Server:
         self.started(plan)
         self.model.receive(plan, message)
         metrics = self._measure(plan) if is_measured else None
+        if plan.round_num > 1 and self.coordinator.switches.schedule.kind == "target":
+            self.coordinator.note(self._held_out(plan).accuracy)
         watch.lap("evaluate_s")
         return metrics
+
+    def _held_out(self, plan: RoundPlan) -> Metrics:
+        return self.held_out.metrics([self.held_out.predictions(self.model, plan)])
+
+    def _judge(self, plan: RoundPlan, message: Tensor) -> float:
+        self.model.receive(plan, message)
+        return self._held_out(plan).loss
 
     def _measure(self, plan: RoundPlan) -> Metrics:
         if self.evaluates_on_workers:
@@ -114,27 +132,35 @@ class Server:
     def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
         updates = self.transport.collect(plan)
         watch.seconds["collect_s"] = watch.lap("collect_s") - self.transport.wait_s()
-        uplink_bytes = sum(HEADER_BYTES + update.values.nbytes for update in updates)
-        report = self.coordinator.finish(updates)
+        uplink_bytes = count_uplink(updates)
+        is_judged = self.coordinator.switches.schedule.kind == "metropolis"
+        report = self.coordinator.finish(updates, self._judge if is_judged else None)
         watch.lap("aggregate_s")
         downlink_bytes = self.ledger.count_downlink(plan, self.coordinator.shapes)
         self.cohort_sizes.append(len(plan.cohort))
         self.sent_bytes += uplink_bytes + downlink_bytes
-        for client_id in report.left_out:
-            self.warn(
-                f"round {plan.round_num}: the update of client {client_id} is not finite and was left out; "
-                "a lower learning rate may help"
-            )
+        self._tell(plan, report)
+        if plan.state_rounds:
+            for update in report.participants:
+                self.store.remove_before(update.client_id, plan.round_num)
         train_s = np.zeros(self.transport.num_workers)
         for update in updates:
             train_s[plan.workers[update.client_id]] += update.train_s
         seconds = {**watch.seconds, "train_s": float(train_s.max()), "round_s": self._round_s()}
         return self._row(plan, report, (uplink_bytes, downlink_bytes), seconds)
 
+    def _tell(self, plan: RoundPlan, report: RoundReport) -> None:
+        for client_id, outcome in report.outcomes.items():
+            if outcome in _ADVICE:
+                self.warn(f"round {plan.round_num}: the update of client {client_id} {_ADVICE[outcome]}")
+        if not report.participants:
+            why = "no update could be used" if report.outcomes else "no client took part"
+            self.warn(f"round {plan.round_num}: {why}; the global state stays as it was")
+
     def _row(
         self, plan: RoundPlan, report: RoundReport, num_bytes: tuple[int, int], seconds: dict[str, float]
     ) -> RoundRow:
-        module_ranks = plan.lora_ranks if plan.scope == "adapter" else (0,) * len(plan.lora_ranks)
+        module_ranks = plan.lora_ranks if plan.scope != "full" else (0,) * len(plan.lora_ranks)
         return RoundRow(
             round_num=plan.round_num,
             stage=plan.stage,
@@ -149,8 +175,9 @@ class Server:
             aggregation_error=report.aggregation_error,
             dropped_energy=report.dropped_energy,
             num_participants=len(report.participants),
+            epsilon=self.epsilon(plan.round_num),
             **_seconds(seconds),
-            **_by_client(report.participants, len(plan.workers)),
+            **_by_client(report, len(plan.workers)),
         )
 
     def _round_s(self) -> float:
@@ -193,14 +220,17 @@ def _seconds(seconds: dict[str, float]) -> dict[str, Any]:
     return {"evaluate_s": 0.0, **{name: seconds[name] for name in names}}
 
 
-def _by_client(participants: Sequence[ClientUpdate], num_clients: int) -> dict[str, Any]:
+def _by_client(report: RoundReport, num_clients: int) -> dict[str, Any]:
     columns: dict[str, Any] = {
         "client_num_examples": np.zeros(num_clients, np.int64),
         "client_train_loss": np.full(num_clients, np.nan),
         "client_train_s": np.zeros(num_clients),
         "client_participated": np.zeros(num_clients, bool),
+        "client_outcome": np.full(num_clients, ABSENT, "S16"),
     }
-    for update in participants:
+    for client_id, outcome in report.outcomes.items():
+        columns["client_outcome"][client_id] = outcome
+    for update in report.participants:
         columns["client_num_examples"][update.client_id] = update.num_examples
         columns["client_train_loss"][update.client_id] = update.train_loss
         columns["client_train_s"][update.client_id] = update.train_s

@@ -7,18 +7,17 @@ is loaded. The second builds what every process needs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpifedlora.core.batches import Indices, steps_of
-from mpifedlora.core.cohort import assign_clients, choose_cohort
+from mpifedlora.core.batches import Indices
 from mpifedlora.core.config import RunConfig
-from mpifedlora.core.partition import label_table, partition
-from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
+from mpifedlora.core.partition import label_table, partition, share_alike
 from mpifedlora.core.seeding import numpy_generator, torch_seed
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.data_fetch import minilm_folder
@@ -26,8 +25,12 @@ from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
 from mpifedlora.io.model_files import check_model_folder, check_targets
 
 if TYPE_CHECKING:
-    from mpifedlora.core.rounds import Switches
+    from torch import Tensor
+
+    from mpifedlora.core.layout import Factors
+    from mpifedlora.core.plan import RoundPlan
     from mpifedlora.runtime.evaluation import Evaluation
+    from mpifedlora.runtime.memory import Memory
     from mpifedlora.training.base import BaseModel
     from mpifedlora.training.local import LocalSettings
     from mpifedlora.training.models import FederatedModel
@@ -40,6 +43,7 @@ def check_inputs(config: RunConfig) -> None:
     """Find in milliseconds what is wrong with data source and model.
 
     Raises:
+        ConfigError: if privacy is asked for and its accountant is not installed.
         DataError: see `mpifedlora.io.datasets.check_source`.
         AdapterError: see `mpifedlora.io.adapter_files.check_model_folder`.
     """
@@ -48,6 +52,10 @@ def check_inputs(config: RunConfig) -> None:
     check_source(data.source, data.test_source, data.text_column, data.label_column, owner)
     path = model_path(config.model.name)
     check_model_folder(path)
+    if config.privacy.clip_norm is not None:
+        from mpifedlora.core.privacy import spent_epsilon
+
+        spent_epsilon(0, 1.0, config.privacy.noise_multiplier, config.privacy.delta)
     check_targets(path, config.lora.target_modules)
 
 
@@ -104,13 +112,31 @@ def read_data(config: RunConfig) -> FederatedData:
 
 @dataclass(frozen=True)
 class Replica:
-    """What one process needs to train or measure: model, task and data."""
+    """What one process needs to train or measure.
+
+    Args:
+        model: base model with LoRA layers.
+        task: texts to tokens, logits to losses.
+        evaluation: what is reported.
+        held_out: what a measured rank schedule goes by, on the server.
+        data: and who owns it.
+        settings: of local training.
+        memory: what clients keep between rounds.
+    """
 
     model: FederatedModel
     task: ClassificationTask
     evaluation: Evaluation
+    held_out: Evaluation
     data: FederatedData
     settings: LocalSettings
+    memory: Memory
+
+    def personal_adapter(self, plan: RoundPlan, client_id: int) -> tuple[list[Factors], list[Tensor]]:
+        """Return a client's own adapter: the global A and head with its B."""
+        layout = plan.trained_layout(self.model.shapes, client_id)
+        flat = self.model.start(plan, client_id, self.memory.recall(plan, client_id))
+        return layout.factors(flat), layout.whole_tensors(flat)
 
     def examples_of(self) -> Callable[[int], EncodedExamples]:
         """Return a function that gives a client's examples, tokenised when they are first needed."""
@@ -123,27 +149,34 @@ class Replica:
         return encode
 
 
-def build_replica(config: RunConfig, data: FederatedData, device: str) -> Replica:
+def build_replica(config: RunConfig, data: FederatedData, device: str, states_folder: Path) -> Replica:
     """Load the model and put everything on a device.
+
+    Args:
+        config: of the run.
+        data: examples and owners.
+        device: where the model computes.
+        states_folder: where clients' states lie, the same for all processes.
 
     Raises:
         AdapterError: if the model cannot be loaded or a target module matches nothing.
     """
-    from mpifedlora.runtime.evaluation import Evaluation
+    from mpifedlora.io.client_store import ClientStore
+    from mpifedlora.runtime.memory import Memory
     from mpifedlora.training.local import LocalSettings
     from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
     model = build_model(config, len(data.dataset.label_names), device)
     task = ClassificationTask(load_tokenizer(model_path(config.model.name)), config.data.max_length, device)
-    examples = _evaluation_examples(config, data.dataset)
+    memory = Memory(ClientStore(states_folder))
     training = config.training
     return Replica(
         model=model,
         task=task,
-        evaluation=Evaluation(
-            task, examples.texts, examples.labels, config.evaluation.batch_size, training.precision
-        ),
+        evaluation=_evaluation(config, data, task, memory),
+        held_out=_held_out(config, data, task),
         data=data,
+        memory=memory,
         settings=LocalSettings(
             batch_size=training.batch_size,
             local_steps=training.local_steps,
@@ -154,8 +187,30 @@ def build_replica(config: RunConfig, data: FederatedData, device: str) -> Replic
             grad_clip=training.grad_clip,
             precision=training.precision,
             seed=config.federation.seed,
+            clip_norm=config.privacy.clip_norm,
         ),
     )
+
+
+def _evaluation(
+    config: RunConfig, data: FederatedData, task: ClassificationTask, memory: Memory
+) -> Evaluation:
+    from mpifedlora.runtime.evaluation import Evaluation
+
+    examples = _evaluation_examples(config, data.dataset)
+    parts = None
+    if config.evaluation.model == "personal":
+        parts = share_alike(data.label_table(), examples.labels, config.federation.seed, "evaluation-parts")
+    batch_size, precision = config.evaluation.batch_size, config.training.precision
+    return Evaluation(task, examples.texts, examples.labels, batch_size, precision, parts, memory.recall)
+
+
+def _held_out(config: RunConfig, data: FederatedData, task: ClassificationTask) -> Evaluation:
+    from mpifedlora.runtime.evaluation import Evaluation
+
+    examples = data.dataset.validation
+    batch_size, precision = config.evaluation.batch_size, config.training.precision
+    return Evaluation(task, examples.texts, examples.labels, batch_size, precision)
 
 
 def build_model(config: RunConfig, num_labels: int, device: str = "cpu") -> FederatedModel:
@@ -196,72 +251,6 @@ def _evaluation_examples(config: RunConfig, dataset: Dataset) -> Examples:
         return whole
     generator = numpy_generator(config.federation.seed, "evaluation")
     return whole.take(np.sort(generator.permutation(len(whole))[: evaluation.max_examples]))
-
-
-def build_switches(config: RunConfig, sizes: Sequence[int], num_workers: int) -> Switches:
-    """Turn a configuration into the switches of its method.
-
-    Args:
-        config: of the run.
-        sizes: training examples of each client.
-        num_workers: processes that train.
-    """
-    from mpifedlora.core.aggregation import AGGREGATORS
-    from mpifedlora.core.rounds import Switches
-
-    training, initiating = config.training, config.initiating
-    num_rounds = config.federation.num_rounds
-
-    def learning_rate(round_num: int, scope: str) -> float:
-        rate = training.full_learning_rate if scope == "full" else training.learning_rate
-        return rate * learning_rate_factor(training.learning_rate_schedule, round_num, num_rounds)
-
-    def mu(round_num: int) -> float:
-        if round_num > initiating.rounds:
-            return training.mu
-        return proximal_weight(initiating.mu, initiating.mu_schedule, round_num, initiating.rounds)
-
-    return Switches(
-        schedule=rank_schedule(config),
-        initiating_scope=initiating.scope,
-        scope=training.scope,
-        aggregator=AGGREGATORS[config.aggregation.kind],
-        freezes=config.annealing.cut == "freeze",
-        learning_rate=learning_rate,
-        mu=mu,
-        choose_workers=partial(_choose_workers, config, sizes, num_workers),
-    )
-
-
-def rank_schedule(config: RunConfig) -> RankSchedule:
-    """Return the schedule of stages and rank budgets."""
-    annealing = config.annealing
-    return RankSchedule(
-        kind=annealing.schedule,
-        num_rounds=config.federation.num_rounds,
-        initiating_rounds=config.initiating.rounds,
-        heating_rounds=annealing.heating_rounds,
-        cooling_rounds=annealing.cooling_rounds,
-        rank_max=config.lora.rank_max,
-        rank_min=config.lora.rank_min,
-        exponential_end=annealing.exponential_end,
-        num_steps=annealing.num_steps,
-    )
-
-
-def _choose_workers(
-    config: RunConfig, sizes: Sequence[int], num_workers: int, round_num: int
-) -> tuple[int, ...]:
-    federation, training = config.federation, config.training
-    eligible = [client_id for client_id, size in enumerate(sizes) if size]
-    cohort = choose_cohort(eligible, federation.cohort_size, federation.seed, round_num)
-    load = {
-        client_id: training.batch_size
-        * steps_of(sizes[client_id], training.batch_size, training.local_steps, training.local_epochs)
-        for client_id in cohort
-    }
-    workers = assign_clients(cohort, load, num_workers)
-    return tuple(workers.get(client_id, -1) for client_id in range(len(sizes)))
 
 
 def choose_threads(requested: int | None, num_cores: int, num_sharing: int) -> int:

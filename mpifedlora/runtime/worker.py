@@ -6,7 +6,8 @@ import time
 
 from torch import Tensor
 
-from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows, fitting_rows
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.wire import ClientUpdate, UpdateRows, fitting_rows
 from mpifedlora.errors import TrainingError
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.training.local import train_client
@@ -53,9 +54,9 @@ class Worker:
             TrainingError: naming worker, round and client, if a client's training fails.
         """
         clients = self.plan.clients_of(self.worker_id)
-        num_values = self.plan.layout(self.model.shapes).num_values
+        sizes = [self.plan.row_values(self.model.shapes, client_id) for client_id in clients]
         is_pinned = self.model.device.type == "cuda"
-        rows = self._rows = fitting_rows(self._rows, len(clients), num_values, is_pinned=is_pinned)
+        rows = self._rows = fitting_rows(self._rows, sizes, is_pinned=is_pinned)
         for index, client_id in enumerate(clients):
             try:
                 self._train_one(client_id, rows, index)
@@ -70,8 +71,10 @@ class Worker:
         started = time.perf_counter()
         examples = self._examples_of(client_id)
         values = rows.values(index)
-        task, settings = self.replica.task, self.replica.settings
-        result = train_client(self.model, task, examples, settings, self.plan, client_id, values)
+        task, settings, memory = self.replica.task, self.replica.settings, self.replica.memory
+        kept = memory.recall(self.plan, client_id)
+        result = train_client(self.model, task, examples, settings, self.plan, client_id, values, kept)
+        memory.keep(self.plan, client_id, result.memory)
         ClientUpdate(
             client_id=client_id,
             num_examples=len(examples),

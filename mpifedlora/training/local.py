@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from mpifedlora.core.batches import Indices, batch_indices
+from mpifedlora.core.layout import copy_common
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.privacy import clip
 from mpifedlora.core.seeding import numpy_generator, torch_seed
-from mpifedlora.core.wire import RoundPlan
 from mpifedlora.training.models import FederatedModel
 from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
 
@@ -32,16 +35,26 @@ class LocalSettings:
     grad_clip: float
     precision: str
     seed: int
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What one client's training gave, beside the trained values."""
+    """What one client's training gave, beside the trained values.
+
+    Args:
+        num_steps: optimiser steps.
+        train_loss: mean task loss.
+        penalty: mean proximal penalty.
+        is_finite: whether all values are.
+        memory: what the client keeps for its next round, flat tensors by name.
+    """
 
     num_steps: int
     train_loss: float
     penalty: float
     is_finite: bool
+    memory: dict[str, Tensor]
 
 
 def train_client(
@@ -52,8 +65,9 @@ def train_client(
     plan: RoundPlan,
     client_id: int,
     values: Tensor,
+    memory: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> LocalResult:
-    """Train one client from the model's received state, in place in its row of the uplink.
+    """Train one client from the model's received state, in place in its row of the uplink if it can be.
 
     The parameters, gradients and optimiser state are one flat tensor each: a step is one fused
     optimiser call, one norm, one addition of the proximal gradient mu * (theta - theta_received).
@@ -65,13 +79,78 @@ def train_client(
         settings: of the run.
         plan: of the round.
         client_id: 0..num_clients-1.
-        values: (num_values,) float32 on the CPU, overwritten with what was trained.
+        values: (row_values,) float32 on the CPU, overwritten with what the client returns.
+        memory: what the client kept from its last round.
     """
-    reference = model.state.to(model.device)
-    flat = values.copy_(reference) if model.device.type == "cpu" else reference.clone()
+    start = model.start(plan, client_id, memory)
+    reference = start.to(model.device)
+    shared = plan.shared_layout(model.shapes, client_id)
+    fits = shared == plan.trained_layout(model.shapes, client_id)
+    is_in_place = fits and model.device.type == "cpu"
+    flat = values[: start.numel()].copy_(reference) if is_in_place else reference.clone()
+    drift = _drift(model, plan, client_id, memory, reference) if plan.has_variates else None
+    losses, penalties = _steps(model, task, examples, settings, plan, client_id, flat, reference, drift)
+    if settings.clip_norm is not None:
+        _clip_update(flat, reference, settings.clip_norm)
+    own = flat.cpu()
+    if not is_in_place:
+        trained = plan.trained_layout(model.shapes, client_id)
+        copy_common(trained, own, shared, values[: shared.num_values])
+    kept = _personal(model, plan, client_id, own)
+    if drift is not None:
+        change = drift.finish(reference, flat, len(losses) * plan.learning_rate)
+        values[shared.num_values :].copy_(change)
+        kept["variate"] = drift.own.cpu()
+    is_finite = bool((values.abs() < LARGEST_VALUE).all() and (own.abs() < LARGEST_VALUE).all())
+    return LocalResult(len(losses), _mean(losses), _mean(penalties), is_finite, kept)
+
+
+class Drift:
+    """A client's control variate in one round: the gradient is corrected by c - c_k.
+
+    Args:
+        own: c_k, (num_values,).
+        correction: c - c_k.
+
+    References:
+        SCAFFOLD, arXiv 1910.06378, algorithm 1, option II.
+    """
+
+    def __init__(self, own: Tensor, correction: Tensor) -> None:
+        self.own, self.correction = own, correction
+
+    def finish(self, reference: Tensor, flat: Tensor, distance: float) -> Tensor:
+        """Set c_k to c_k - c + (x - y) / (steps * learning rate), and return its change."""
+        change = (reference - flat).div_(distance).sub_(self.correction).sub_(self.own)
+        self.own = self.own + change
+        return change
+
+
+def _drift(
+    model: FederatedModel, plan: RoundPlan, client_id: int, memory: Mapping[str, Tensor], like: Tensor
+) -> Drift:
+    own, mean = torch.zeros_like(like), torch.zeros_like(like)  # before there are any
+    if "variate" in memory:
+        own = model.carried(memory["variate"], plan.state_rounds[client_id]).to(like.device)
+    if model.variate.numel():
+        mean = model.variate.to(like.device)
+    return Drift(own, mean - own)
+
+
+def _steps(
+    model: FederatedModel,
+    task: ClassificationTask,
+    examples: EncodedExamples,
+    settings: LocalSettings,
+    plan: RoundPlan,
+    client_id: int,
+    flat: Tensor,
+    reference: Tensor,
+    drift: Drift | None,
+) -> tuple[list[Tensor], list[Tensor]]:
     grad = torch.zeros_like(flat)
     optimizer = _optimizer(flat, grad, settings, plan.learning_rate)
-    model.bind(plan, flat, grad)
+    model.bind(plan, flat, grad, client_id)
     model.train(True)
     torch.manual_seed(torch_seed(settings.seed, "dropout", plan.round_num, client_id))
     losses, penalties = [], []
@@ -85,11 +164,24 @@ def train_client(
         losses.append(loss.detach())
         penalties.append(_add_proximal(flat, reference, grad, plan.mu))
         _clip(grad, settings.grad_clip)
+        if drift is not None:
+            grad.add_(drift.correction)
         optimizer.step()
-    if flat is not values:
-        values.copy_(flat)
-    is_finite = bool((flat.abs() < LARGEST_VALUE).all())
-    return LocalResult(len(losses), _mean(losses), _mean(penalties), is_finite)
+    return losses, penalties
+
+
+def _clip_update(flat: Tensor, reference: Tensor, largest_norm: float) -> None:
+    flat.sub_(reference)
+    clip(flat, largest_norm)
+    flat.add_(reference)
+
+
+def _personal(model: FederatedModel, plan: RoundPlan, client_id: int, own: Tensor) -> dict[str, Tensor]:
+    if not plan.keeps_b:
+        return {}
+    layout = plan.personal_layout(model.shapes, client_id)
+    trained = plan.trained_layout(model.shapes, client_id)
+    return {"personal": copy_common(trained, own, layout, torch.empty(layout.num_values))}
 
 
 def _batches(
@@ -142,23 +234,20 @@ def predict(
     task: ClassificationTask,
     examples: EncodedExamples,
     batches: Iterable[Indices],
-    plan: RoundPlan,
     precision: str,
 ) -> Tensor:
-    """Measure the model's received state on some batches.
+    """Measure the model as it is bound on some batches.
 
     Args:
-        model: it has received the plan's message.
+        model: bound to the values to measure.
         task: tokens to batches, logits to losses.
         examples: where the batches point to.
         batches: index arrays.
-        plan: of the round that the state opens.
         precision: `float32` or `bfloat16`.
 
     Returns:
         (examples, 2) float32: loss and predicted label, in the order of the batches.
     """
-    model.bind(plan, model.state.to(model.device))
     model.train(False)
     parts = [torch.empty(0, 2)]
     with torch.inference_mode(), _autocast(precision, model.device):

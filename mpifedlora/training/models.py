@@ -7,22 +7,50 @@ buffer of the same layout moves no data; after a cut the modules get new, smalle
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mpifedlora.core.layout import AdapterLayout, Factors, LinearShape, ModelShapes, TensorShape
-from mpifedlora.core.names import describe_no_match
-from mpifedlora.core.rounds import initial_adapter
-from mpifedlora.core.wire import RoundPlan
-from mpifedlora.errors import AdapterError
+from mpifedlora.core.fresh import initial_adapter
+from mpifedlora.core.layout import (
+    AdapterLayout,
+    Factors,
+    LinearShape,
+    ModelShapes,
+    TensorShape,
+    copy_common,
+)
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.server_optimizer import CutMap, carry_variate
 from mpifedlora.training.base import BaseModel, check_modules
+from mpifedlora.training.lora_layers import (
+    ACTIVE,
+    FROZEN,
+    adapt,
+    export_adapter,
+    find_linears,
+    fix,
+    head_parameters,
+    is_inside,
+    lora_config,
+    lora_layer,
+    nothing,
+    set_factors,
+    trained,
+)
 
-_ACTIVE, _FROZEN = "default", "frozen"
+
+class Cut(NamedTuple):
+    """How a cut mapped the factors, before the round that it opened."""
+
+    round_num: int
+    before: AdapterLayout
+    after: AdapterLayout
+    maps: list[CutMap]
 
 
 class FederatedModel:
@@ -60,35 +88,43 @@ class FederatedModel:
         body = {
             name: parameter
             for name, parameter in base.module.named_parameters()
-            if not _is_inside(name, whole)
+            if not is_inside(name, whole)
         }
         self.rank_max, self.scaling = rank_max, alpha / rank_max
         self.device = torch.device(device)
         self.options = {"lora_dropout": dropout, "modules_to_save": list(whole), "bias": "none"}
-        self.peft_model = _adapt(base.module, list(linears), self.options).to(self.device)
-        self._layers = [_lora_layer(self.peft_model, name) for name in linears]
+        self.peft_model = adapt(base.module, list(linears), self.options).to(self.device)
+        self._layers = [lora_layer(self.peft_model, name) for name in linears]
         self._body = list(body.values())
-        head = _head_parameters(self.peft_model, whole)
+        head = head_parameters(self.peft_model, whole)
         self._head = list(head.values())
         self._folds = all(layer.base_layer.weight.dtype == torch.float32 for layer in self._layers)
         self._frozen: list[list[Factors]] = [[] for _ in self._layers]
-        self._scope = "adapter"
+        self._is_full = False
+        self._first_head = _flat(self._head)
         self.seed = seed
         self.state = torch.empty(0)  # of the global model, as last received
+        self.variate = torch.empty(0)  # the server's control variate, as last received
+        self._cuts: list[Cut] = []  # of rounds gone by, for control variates that clients kept
         self.shapes = ModelShapes(
             tuple(LinearShape(name, *linears[name].weight.shape) for name in linears),
             tuple(TensorShape(name, tuple(parameter.shape)) for name, parameter in head.items()),
             tuple(TensorShape(name, tuple(parameter.shape)) for name, parameter in body.items()),
         )
         for layer in self._layers:
-            layer.scaling[_ACTIVE] = self.scaling
+            layer.scaling[ACTIVE] = self.scaling
 
     def initial_state(self, plan: RoundPlan) -> Tensor:
-        """Return the flat state of round 1, which every process derives alike: (num_values,) float32."""
-        head = _flat(self._head)
+        """Return the flat state of round 1, which every process derives alike: (num_values,) float32.
+
+        Under scope `full` it is taken from the model, before anything else is bound.
+        """
         if plan.scope == "full":
-            return torch.cat([_flat(self._body), head])
-        return initial_adapter(self.shapes, plan.lora_ranks, head, self.seed)
+            return torch.cat([_flat(self._body), self._first_head])
+        return self._fresh(plan, self._first_head)
+
+    def _fresh(self, plan: RoundPlan, head: Tensor) -> Tensor:
+        return initial_adapter(self.shapes, plan.lora_ranks, head, self.seed, plan.round_num)
 
     def receive(self, plan: RoundPlan, message: Tensor) -> None:
         """Take in a message: base weights and frozen directions now, the state when a model is bound.
@@ -97,71 +133,144 @@ class FederatedModel:
             plan: of the round.
             message: (message_values,) float32; it must live until the next one.
         """
-        base, frozen, state = plan.split(self.shapes, message)
+        parts = plan.split(self.shapes, message)
         if plan.sends_base:
-            _point(self._body, self.shapes.base().whole_tensors(base.to(self.device, copy=True)))
-        if frozen.numel():
-            self._freeze(self.shapes.directions(plan.frozen_ranks).factors(frozen))
-        self.state = state if plan.sends_state else self.initial_state(plan)
+            _point(self._body, self.shapes.base().whole_tensors(parts.base.to(self.device, copy=True)))
+        if parts.frozen.numel():
+            self._freeze(plan, parts.frozen)
+        self.variate = parts.variate
+        if plan.mapped_ranks:
+            self._cuts.append(self._cut(plan, parts.maps))
+        self.state = self._received_state(plan, parts.state) if plan.sends_state else self.initial_state(plan)
 
-    def bind(self, plan: RoundPlan, flat: Tensor, grad: Tensor | None = None) -> None:
+    def _received_state(self, plan: RoundPlan, sent: Tensor) -> Tensor:
+        layout, source = plan.layout(self.shapes), plan.segments(self.shapes).state
+        if plan.restarts:
+            return self._fresh(plan, sent)
+        if source == layout and not plan.is_partial:
+            return sent
+        # What is not sent stays as it was, so the state may not live in the buffer of one message.
+        kept = self.state if self.state.numel() == layout.num_values else torch.zeros(layout.num_values)
+        return copy_common(source, sent, layout, kept.clone())
+
+    def start(self, plan: RoundPlan, client_id: int, memory: Mapping[str, Tensor]) -> Tensor:
+        """Return what a client starts from, (trained values,) float32 on the CPU; it may be the state itself.
+
+        Args:
+            plan: of the round.
+            client_id: 0..num_clients-1.
+            memory: what the client has kept; what is its own, under `personal`, starts as it does globally.
+        """
+        layout, own = plan.layout(self.shapes), plan.trained_layout(self.shapes, client_id)
+        if own == layout and not plan.keeps_b:
+            return self.state
+        flat = copy_common(layout, self.state, own, torch.empty(own.num_values))
+        if "personal" in memory:
+            copy_common(plan.personal_layout(self.shapes, client_id), memory["personal"], own, flat)
+        return flat
+
+    def _cut(self, plan: RoundPlan, values: Tensor) -> Cut:
+        sides = plan.segments(self.shapes).maps.whole_tensors(values.clone())
+        after = plan.shared_layout(self.shapes)
+        maps = [CutMap(a, b) for a, b in zip(sides[::2], sides[1::2], strict=True)]
+        return Cut(plan.round_num, replace(after, lora_ranks=plan.mapped_ranks), after, maps)
+
+    def carried(self, variate: Tensor, round_num: int) -> Tensor:
+        """Take a client's control variate through the cuts since the round that it is of."""
+        for cut in self._cuts:
+            if cut.round_num > round_num:
+                variate = carry_variate(variate, cut.before, cut.after, cut.maps)
+        return variate
+
+    def bind(
+        self, plan: RoundPlan, flat: Tensor, grad: Tensor | None = None, client_id: int | None = None
+    ) -> None:
         """Make the trained tensors views into `flat`, and their gradients views into `grad`.
 
         Args:
             plan: of the round; it fixes scope and layout.
-            flat: (num_values,) float32 on the model's device.
+            flat: on the model's device: (trained values,) float32 of a client, or without one the
+                whole state.
             grad: the same, or None where nothing is trained.
+            client_id: whose values they are.
         """
         self._enter(plan.scope)
         layout = plan.layout(self.shapes)
-        parameters = self._bind_values(layout, flat)
+        if client_id is not None:
+            layout = plan.trained_layout(self.shapes, client_id)
+        parameters = self._bind_values(plan, layout, flat)
         if grad is not None:
             for parameter, view in zip(parameters, _views(layout, grad), strict=True):
                 parameter.grad = view
 
-    def _bind_values(self, layout: AdapterLayout, flat: Tensor) -> list[nn.Parameter]:
-        parameters: list[nn.Parameter] = []
+    def _bind_values(self, plan: RoundPlan, layout: AdapterLayout, flat: Tensor) -> list[nn.Parameter]:
+        whole, parameters = [*self._body, *self._head], []
         if layout.modules:
-            for layer, factors in zip(self._layers, layout.factors(flat), strict=True):
-                parameters += _set_factors(layer, _ACTIVE, factors, is_trained=True)
             whole = self._head
-        else:
-            whole = [*self._body, *self._head]
+            for layer, factors in zip(self._layers, self._factors(plan, layout, flat), strict=True):
+                a, b = set_factors(layer, ACTIVE, factors)
+                parameters += trained(a, "a" in layout.parts) + trained(b, "b" in layout.parts)
         _point(whole, layout.whole_tensors(flat))
         return parameters + whole
 
+    def _factors(self, plan: RoundPlan, layout: AdapterLayout, flat: Tensor) -> list[Factors]:
+        own = layout.factors(flat)
+        if layout.parts == "ab":
+            return own
+        state = plan.layout(self.shapes).factors(self.state.to(self.device))
+        if layout.parts == "a":
+            return [Factors(part.a, fixed.b) for part, fixed in zip(own, state, strict=True)]
+        return [Factors(fixed.a, part.b) for part, fixed in zip(own, state, strict=True)]
+
     def _enter(self, scope: str) -> None:
-        if scope == self._scope:
+        is_full = scope == "full"
+        if is_full == self._is_full:
             return
-        self._scope = scope
+        self._is_full = is_full
         for parameter in self._body:
-            parameter.requires_grad_(scope == "full")
+            parameter.requires_grad_(is_full)
             parameter.grad = None
         for layer in self._layers:
-            layer.enable_adapters(scope == "adapter")
+            layer.enable_adapters(not is_full)
 
-    def _freeze(self, directions: Sequence[Factors]) -> None:
-        for layer, factors, kept in zip(self._layers, directions, self._frozen, strict=True):
-            on_device = Factors(*(part.to(self.device, copy=True) for part in factors))
-            if self._folds:
-                layer.base_layer.weight.data.addmm_(on_device.b, on_device.a, alpha=self.scaling)
+    def _freeze(self, plan: RoundPlan, frozen: Tensor) -> None:
+        layout = self.shapes.frozen(plan.frozen_ranks)
+        values = frozen.to(self.device, copy=True)
+        dense = {
+            shape.name: matrix
+            for shape, matrix in zip(layout.whole, layout.whole_tensors(values), strict=True)
+        }
+        per_module = zip(self._layers, layout.modules, layout.factors(values), self._frozen, strict=True)
+        for layer, module, factors, kept in per_module:
+            if module.name in dense:
+                layer.base_layer.weight.data.add_(dense[module.name], alpha=self.scaling)
+            elif self._folds:
+                layer.base_layer.weight.data.addmm_(factors.b, factors.a, alpha=self.scaling)
             elif factors.lora_rank:
-                kept.append(on_device)
+                kept.append(factors)
                 self._set_frozen(layer, kept)
 
     def _set_frozen(self, layer: Any, kept: Sequence[Factors]) -> None:
         # bfloat16 weights would round the low-energy directions away: they stay a second adapter.
-        if _FROZEN not in self.peft_model.peft_config:
+        if FROZEN not in self.peft_model.peft_config:
             # What is frozen is part of the base: no dropout, no gradients.
             options = {**self.options, "modules_to_save": None, "lora_dropout": 0.0}
             names = [module.name for module in self.shapes.modules]
-            self.peft_model.add_adapter(_FROZEN, _lora_config(names, options, 1, self.scaling))
+            self.peft_model.add_adapter(FROZEN, lora_config(names, options, 1, self.scaling))
             for other in self._layers:
-                other.set_adapter([_ACTIVE, _FROZEN])
-                _set_factors(other, _FROZEN, _nothing(other), is_trained=False)
+                other.set_adapter([ACTIVE, FROZEN])
+                fix(set_factors(other, FROZEN, nothing(other)))
         both = Factors(torch.cat([part.a for part in kept]), torch.cat([part.b for part in kept], dim=1))
-        _set_factors(layer, _FROZEN, both, is_trained=False)
-        layer.scaling[_FROZEN] = self.scaling
+        fix(set_factors(layer, FROZEN, both))
+        layer.scaling[FROZEN] = self.scaling
+
+    def adapted_weights(self) -> dict[str, Tensor]:
+        """Return the base weights of all adapted layers, with what was added to them, on the CPU."""
+        names = (f"{module.name}.weight" for module in self.shapes.modules)
+        return {
+            name: layer.base_layer.weight.detach().cpu()
+            for name, layer in zip(names, self._layers, strict=True)
+        }
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Return logits (examples, num_labels)."""
@@ -193,141 +302,14 @@ class FederatedModel:
         return export_adapter(self.shapes, factors, head, self.scaling, self.options)
 
 
-def export_adapter(
-    shapes: ModelShapes,
-    factors: Sequence[Factors],
-    head: Sequence[Tensor],
-    scaling: float,
-    options: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Write factors in PEFT's format, with per-module ranks and alphas that keep the scaling.
-
-    PEFT scales by alpha / r of each module: so alpha is scaling * r, module by module.
-    """
-    names = [module.name for module in shapes.modules]
-    largest = max(part.lora_rank for part in factors)
-    config = _lora_config(names, options, largest, scaling)
-    others = {name: part.lora_rank for name, part in zip(names, factors, strict=True)}
-    config.rank_pattern = {name: others[name] for name in names if others[name] < largest}
-    config.alpha_pattern = {name: scaling * others[name] for name in config.rank_pattern}
-    config.inference_mode = True
-    tensors = {}
-    for name, part in zip(names, factors, strict=True):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = part.a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = part.b.contiguous()
-    for shape, value in zip(shapes.head, head, strict=True):
-        tensors[f"base_model.model.{shape.name}"] = value.contiguous()
-    plain = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
-    }
-    return plain, tensors
-
-
-def find_linears(
-    model: nn.Module, target_modules: str | Sequence[str], excluded: Sequence[str] = ()
-) -> dict[str, nn.Linear]:
-    """Find the linear layers to adapt, in the model's order.
-
-    Args:
-        model: base model.
-        target_modules: `all-linear`, a regular expression for the whole name, or names or endings of
-            names, as PEFT takes them.
-        excluded: modules that are trained whole; nothing inside them is adapted.
-
-    Raises:
-        AdapterError: if a target matches nothing, or is no regular expression.
-    """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _is_inside(name, excluded)
-    }
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    is_regex = isinstance(target_modules, str)
-    found: dict[str, nn.Linear] = {}
-    for target in targets:
-        matches = {name: linears[name] for name in linears if _matches(name, target, is_regex)}
-        if not matches:
-            raise AdapterError(describe_no_match(target, linears, is_pattern=is_regex))
-        found.update(matches)
-    return {name: linears[name] for name in linears if name in found}
-
-
-def _matches(name: str, target: str, is_regex: bool) -> bool:
-    if not is_regex:
-        return name == target or name.endswith("." + target)
-    try:
-        return target == "all-linear" or re.fullmatch(target, name) is not None
-    except re.error as error:
-        raise AdapterError(
-            "lora.target_modules must be a list of names or a regular expression, got "
-            f'{target!r} ({error}); for names write a list, as in ["query", "value"]'
-        ) from error
-
-
-def _is_inside(name: str, modules: Sequence[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
-
-
-def _lora_config(names: list[str], options: dict[str, Any], lora_rank: int, scaling: float) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(r=lora_rank, lora_alpha=scaling * lora_rank, target_modules=names, **options)
-
-
-def _adapt(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
-    from peft import get_peft_model
-
-    # Rank 1 is a place-holder: the first bind brings the real ranks.
-    return get_peft_model(model, _lora_config(names, options, 1, 1.0))
-
-
-def _lora_layer(peft_model: Any, name: str) -> Any:
-    return peft_model.base_model.model.get_submodule(name)
-
-
-def _head_parameters(peft_model: Any, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    found = {}
-    for name in names:
-        wrapper = peft_model.base_model.model.get_submodule(name)
-        for inner, parameter in wrapper.modules_to_save[_ACTIVE].named_parameters():
-            found[f"{name}.{inner}"] = parameter
-    return found
-
-
-def _set_factors(layer: Any, adapter: str, factors: Factors, *, is_trained: bool) -> list[nn.Parameter]:
-    layer.r[adapter] = factors.lora_rank
-    return [
-        _set_weight(layer.lora_A[adapter], factors.a, is_trained),
-        _set_weight(layer.lora_B[adapter], factors.b, is_trained),
-    ]
-
-
-def _set_weight(linear: nn.Linear, value: Tensor, is_trained: bool) -> nn.Parameter:
-    if linear.weight.shape == value.shape:
-        linear.weight.data = value
-    else:
-        linear.weight = nn.Parameter(value)
-        linear.out_features, linear.in_features = value.shape
-    parameter = linear.weight.requires_grad_(is_trained)
-    assert isinstance(parameter, nn.Parameter)
-    return parameter
-
-
-def _nothing(layer: Any) -> Factors:
-    out_features, in_features = layer.base_layer.weight.shape
-    device = layer.base_layer.weight.device
-    return Factors(torch.zeros(1, in_features, device=device), torch.zeros(out_features, 1, device=device))
-
-
 def _point(parameters: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:
     for parameter, view in zip(parameters, views, strict=True):
         parameter.data = view
 
 
 def _views(layout: AdapterLayout, flat: Tensor) -> list[Tensor]:
-    pairs = [part for factors in layout.factors(flat) for part in factors]
-    return pairs + layout.whole_tensors(flat)
+    held = {"": (), "a": (0,), "b": (1,), "ab": (0, 1)}[layout.parts]
+    return [factors[part] for factors in layout.factors(flat) for part in held] + layout.whole_tensors(flat)
 
 
 def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:

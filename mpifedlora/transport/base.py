@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpifedlora.core.layout import ModelShapes
-    from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows
+    from mpifedlora.core.plan import RoundPlan
+    from mpifedlora.core.wire import ClientUpdate, UpdateRows
 
 
 @dataclass(frozen=True)

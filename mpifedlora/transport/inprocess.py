@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpifedlora.core.layout import ModelShapes
-    from mpifedlora.core.wire import ClientUpdate, RoundPlan
+    from mpifedlora.core.plan import RoundPlan
+    from mpifedlora.core.wire import ClientUpdate
 
 
 class InProcessTransport:
@@ -48,14 +49,14 @@ class InProcessTransport:
 
     def collect(self, plan: RoundPlan) -> list[ClientUpdate]:
         """Let every worker train its clients."""
-        from mpifedlora.core.wire import ClientUpdate
+        from mpifedlora.core.wire import read_rows
 
         updates = []
         started = time.perf_counter()
-        for worker in self.workers:
+        for worker_id, worker in enumerate(self.workers):
             rows = worker.train()
             self.bytes_crossed += rows.buffer.nbytes
-            updates += [ClientUpdate.read(rows, index, plan) for index in range(len(rows))]
+            updates += read_rows(rows, plan, [worker_id])
         self._wait_s = time.perf_counter() - started
         return updates
 

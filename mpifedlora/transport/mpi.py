@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpifedlora.core.layout import ModelShapes
-    from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows
+    from mpifedlora.core.plan import RoundPlan
+    from mpifedlora.core.wire import ClientUpdate, UpdateRows
 
     Communicator = MPI.Comm
 
@@ -98,7 +99,7 @@ class _Endpoint:
 
     def open(self, shapes: ModelShapes, num_clients: int, *, is_pinned: bool = False) -> None:
         """Say what the messages look like, and whether a GPU will copy them (page-locked memory)."""
-        from mpifedlora.core.wire import plan_bytes
+        from mpifedlora.core.plan import plan_bytes
 
         self.shapes, self.is_pinned = shapes, is_pinned
         self.plan_bytes = plan_bytes(len(shapes.modules), num_clients)
@@ -149,25 +150,29 @@ class MpiServer(_Endpoint):
         return list(torch.split(received, list(counts)))
 
     def collect(self, plan: RoundPlan) -> list[ClientUpdate]:
-        """Gather the cohort's rows; their values are valid until the next collect."""
-        from mpifedlora.core.wire import ClientUpdate, fitting_rows
+        """Gather the cohort's rows, if there are any; their values are valid until the next collect."""
+        from mpifedlora.core.wire import fitting_rows, read_rows, row_sizes, row_stride
 
         started = time.perf_counter()
-        num_values = plan.layout(self.shapes).num_values
-        clients = _clients_by_worker(plan, self.num_workers)
-        is_even = len(set(clients)) == 1
-        first = clients[0] if is_even else 0  # Gather gives the server a place of its own, which stays empty
-        rows = self._rows = fitting_rows(self._rows, first + sum(clients), num_values)
-        self.bytes_crossed += sum(clients) * rows.stride
+        self._wait_s = 0.0
+        by_worker = row_sizes(plan, self.shapes, self.num_workers)
+        counts = [sum(map(row_stride, sizes)) for sizes in by_worker]
+        is_even = len(set(counts)) == 1
+        # Gather gives the server a place of its own, which stays empty: as large as a worker's.
+        unused = by_worker[0] if is_even else ()
+        every = [size for sizes in by_worker for size in sizes]
+        if not every:
+            return []
+        rows = self._rows = fitting_rows(self._rows, [*unused, *every])
+        self.bytes_crossed += sum(counts)
         _wait(self.comm.Ibarrier())
         self._wait_s = time.perf_counter() - started
         target = _as_bytes(rows.buffer)
         if is_even:
-            self.comm.Gather(self._in_place, [target, first * rows.stride, self._byte])
+            self.comm.Gather(self._in_place, [target, counts[0], self._byte])
         else:
-            counts = [0, *(count * rows.stride for count in clients)]
-            self.comm.Gatherv(self._in_place, [target, counts, None, self._byte])
-        return [ClientUpdate.read(rows, index, plan) for index in range(first, len(rows))]
+            self.comm.Gatherv(self._in_place, [target, [0, *counts], None, self._byte])
+        return read_rows(rows, plan, range(self.num_workers), first=len(unused))
 
     def wait_s(self) -> float:
         """Return the seconds that the last collect waited for the slowest worker."""
@@ -193,12 +198,14 @@ class MpiWorker(_Endpoint):
         """Wait for the next plan and message; the message is valid until the next receive."""
         import torch
 
-        from mpifedlora.core.wire import RoundPlan
+        from mpifedlora.core.plan import RoundPlan
+        from mpifedlora.core.wire import row_sizes, row_stride
 
         packed = np.empty(self.plan_bytes, np.uint8)
         _wait(self.comm.Ibcast([packed, self._byte]))
         plan = RoundPlan.unpack(packed, len(self.shapes.modules))
-        self._is_even = len(set(_clients_by_worker(plan, self.num_workers))) == 1
+        by_worker = row_sizes(plan, self.shapes, self.num_workers)
+        self._is_even = len({sum(map(row_stride, sizes)) for sizes in by_worker}) == 1
         num_values = plan.message_values(self.shapes)
         if self._message is None or self._message.numel() != num_values:
             self._message = torch.empty(num_values, pin_memory=self.is_pinned)
@@ -216,12 +223,6 @@ class MpiWorker(_Endpoint):
         _wait(self.comm.Ibarrier())
         gather = self.comm.Gather if self._is_even else self.comm.Gatherv
         gather([_as_bytes(rows.buffer), self._byte], None)
-
-
-def _clients_by_worker(plan: RoundPlan, num_workers: int) -> list[int]:
-    workers = np.asarray(plan.workers)
-    counts: list[int] = np.bincount(workers[workers >= 0], minlength=num_workers).tolist()
-    return counts
 
 
 def _as_bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:

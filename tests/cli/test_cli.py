@@ -137,14 +137,20 @@ def test_methods_table_has_every_switch() -> None:
     for method in METHODS.values():
         assert method.title in output
         assert method.paper in output
-        for key, value in method.settings.items():
-            assert f"sets     {key} = {json.dumps(value)}" in output
+    blocks = output.split("\n\n")
+    assert [block.split()[0] for block in blocks] == list(METHODS)
+    for block, method in zip(blocks, METHODS.values(), strict=True):
+        sets = [f"sets     {key} = {json.dumps(value)}" for key, value in method.settings.items()]
+        defaults = [f"default  {key} = {json.dumps(value)}" for key, value in method.defaults.items()]
+        assert [line.strip() for line in block.splitlines()[1 + bool(method.paper) :]] == sets + defaults
+    assert "sets     training.control_variates = true" in output
     assert "default  training.mu = 0.01" in output
 
 
 def test_methods_as_json() -> None:
     methods = json.loads(invoke("methods", "--json").output)
     assert [method["name"] for method in methods] == list(METHODS)
+    assert methods[3]["settings"]["training.control_variates"] is True
     assert methods[2]["defaults"] == {"training.mu": 0.01}
 
 

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from mpifedlora.core.aggregation import product
 from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.ledger import Ledger, Traffic, annealed_traffic, fixed_traffic
-from mpifedlora.core.rounds import Coordinator, Switches, initial_adapter
+from mpifedlora.core.fresh import initial_adapter
+from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.schedule import RankSchedule
-from mpifedlora.core.wire import ABSENT, ClientUpdate, RoundPlan
+from mpifedlora.core.plan import ABSENT, RoundPlan
+from mpifedlora.core.switches import Switches
+from mpifedlora.core.wire import ClientUpdate
 
 NUM_CLIENTS, NUM_ROUNDS = 4, 6
 SHAPES = ModelShapes(

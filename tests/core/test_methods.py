@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpifedlora.core.config import FederationConfig, RunConfig
+from mpifedlora.core.config import RunConfig
 from mpifedlora.core.methods import DEFAULT_METHOD, METHODS, apply_method, find_method
+from mpifedlora.core.sections import FederationConfig
 from mpifedlora.errors import ConfigError
 
 
@@ -22,19 +24,85 @@ def test_default_is_the_models_default() -> None:
     assert {**silent, "federation": {"method": DEFAULT_METHOD}} == named
 
 
+# What defines each method, read from its paper: scope, aggregation of an adapter, and what else it adds.
+DEFINED = {
+    "sa-fedlora": ("adapter", "product", {}),
+    "fedavg": ("full", None, {}),
+    "fedprox": ("full", None, {"training.mu": 0.01}),
+    "scaffold": ("full", None, {"training.control_variates": True, "training.optimizer": "sgd"}),
+    "fedadam": ("full", None, {"server_optimizer.kind": "fedadam"}),
+    "fedit": ("adapter", "factors", {}),
+    "ffa-lora": ("b-only", "factors", {}),
+    "rolora": ("alternating", "factors", {}),
+    "fedsa-lora": ("adapter", "factors", {"training.personal": "b", "evaluation.model": "personal"}),
+    "flora": ("adapter", "stack", {}),
+    "fedex-lora": ("adapter", "residual", {}),
+    "flexlora": ("adapter", "product", {}),
+    "hetlora": ("adapter", "zero-pad", {"aggregation.weights": "frobenius"}),
+}
+PLAIN = {
+    "training.mu": 0.0,
+    "training.personal": "none",
+    "training.control_variates": False,
+    "training.optimizer": "adamw",
+    "server_optimizer.kind": "none",
+    "aggregation.weights": "examples",
+    "evaluation.model": "global",
+}
+
+
+def value_of(config: RunConfig, dotted: str) -> Any:
+    section, _, key = dotted.partition(".")
+    return getattr(getattr(config, section), key)
+
+
+def test_methods_are_those_of_the_papers() -> None:
+    assert [*DEFINED, "custom"] == list(METHODS)
+    assert all(re.match(r"arXiv \d{4}\.\d{5}", METHODS[name].paper) for name in DEFINED)
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_a_minimal_file_is_enough(name: str) -> None:
+    tables, ignored = apply_method(choose(name, model={"name": "m"}, data={"source": "d"}))
+    config = RunConfig.model_validate(tables)
+    scope, kind, more = DEFINED[name]
+    assert (config.training.scope, METHODS[name].settings.get("aggregation.kind"), ignored) == (
+        scope,
+        kind,
+        (),
+    )
+    assert {key: value_of(config, key) for key in PLAIN} == PLAIN | more
+    is_annealed = name == "sa-fedlora"
+    assert (config.initiating.rounds == 0, config.annealing.schedule == "constant") == (not is_annealed,) * 2
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_one_override_makes_another_method_of_a_file(name: str) -> None:
+    tables, _ = apply_method(
+        choose(
+            name,
+            model={"name": "m"},
+            data={"source": "d"},
+            initiating={"rounds": 2, "scope": "adapter", "mu": 0.01},
+            annealing={"schedule": "cubic", "cut": "freeze", "allocation": "spectral", "heating_rounds": 3},
+            training={"optimizer": "adamw", "momentum": 0.5, "mu": 0.1},
+        )
+    )
+    assert RunConfig.model_validate(tables).federation.method == name
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_switches_are_keys_of_the_models(method: Any) -> None:
     tables, _ = apply_method(choose(method.name, model={"name": "m"}, data={"source": "d"}))
     config = RunConfig.model_validate(tables)
     for dotted, value in {**method.settings, **method.defaults}.items():
-        section, _, key = dotted.partition(".")
-        assert getattr(getattr(config, section), key) == value
+        assert value_of(config, dotted) == value
 
 
 def test_settings_win_and_the_ignored_keys_are_named() -> None:
     raw = choose("fedavg", training={"mu": 0.5, "scope": "full"}, initiating={"rounds": 3})
     tables, ignored = apply_method(raw)
-    assert tables["training"] == {"mu": 0.0, "scope": "full"}
+    assert (tables["training"]["mu"], tables["training"]["scope"]) == (0.0, "full")
     assert tables["initiating"] == {"rounds": 0}
     assert ignored == ("initiating.rounds", "training.mu")
 
@@ -43,6 +111,9 @@ def test_defaults_apply_where_the_file_is_silent() -> None:
     assert apply_method(choose("fedprox"))[0]["training"]["mu"] == 0.01
     tables, ignored = apply_method(choose("fedprox", training={"mu": 0.3}))
     assert (tables["training"]["mu"], ignored) == (0.3, ())
+    assert apply_method(choose("scaffold"))[0]["training"]["full_learning_rate"] == 0.05
+    tables, ignored = apply_method(choose("scaffold", training={"full_learning_rate": 0.5}))
+    assert (tables["training"]["full_learning_rate"], ignored) == (0.5, ())
 
 
 @pytest.mark.parametrize("mu", [0, 0.0, -0.0])
@@ -80,8 +151,10 @@ def test_wrong_types_are_left_to_the_models(raw: dict[str, Any]) -> None:
 
 
 values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
-keys = st.sampled_from(["scope", "rounds", "schedule", "kind", "mu", "other"])
-sections = st.sampled_from(["training", "initiating", "annealing", "aggregation", "other"])
+keys = st.sampled_from(["scope", "rounds", "schedule", "kind", "mu", "personal", "control_variates", "other"])
+sections = st.sampled_from(
+    ["training", "initiating", "annealing", "aggregation", "server_optimizer", "evaluation", "other"]
+)
 raws = st.dictionaries(sections, values | st.dictionaries(keys, values, max_size=4), max_size=5)
 
 

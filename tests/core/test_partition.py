@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpifedlora.core.partition import IntArray, label_table, partition, split_stratified
+from mpifedlora.core.partition import IntArray, label_table, partition, share_alike, split_stratified
 from mpifedlora.errors import ConfigError, DataError
 
-KINDS = ("iid", "dirichlet", "shards", "column")
+KINDS = ("iid", "dirichlet", "quantity", "shards", "column")
 Case = tuple[IntArray, int, dict[str, Any]]
 
 
@@ -66,7 +66,7 @@ def test_shards_sizes_and_labels_are_bounded(case: Case, seed: int) -> None:
     assert max(sizes) - min(sizes) <= per_client
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "shards"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity", "shards"])
 def test_the_seed_matters(kind: str) -> None:
     drawn = {str(as_lists(partition(kind, even_labels(), 4, seed))) for seed in range(5)}
     assert len(drawn) == 5
@@ -112,6 +112,39 @@ def test_smaller_alpha_is_less_alike() -> None:
     assert spread(0.05) > spread(1.0) > spread(100.0)
 
 
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 10.0])
+def test_quantity_shares_have_the_mean_and_variance_of_the_distribution(alpha: float) -> None:
+    labels = np.zeros(400, np.int64)
+    draws = [partition("quantity", labels, 4, seed, alpha=alpha) for seed in range(400)]
+    shares = np.array([[len(part) for part in parts] for parts in draws]) / 400
+    # Dir(alpha) over k clients: mean 1/k, variance (1/k)(1 - 1/k) / (k alpha + 1).
+    assert shares.mean(axis=0) == pytest.approx([0.25] * 4, abs=0.05)
+    assert shares.var() == pytest.approx(0.25 * 0.75 / (4 * alpha + 1), rel=0.15)
+
+
+def test_quantity_skews_sizes_and_not_labels() -> None:
+    labels = even_labels(num_labels=4, per_label=5000)
+    table = label_table(partition("quantity", labels, 4, 0, alpha=1.0), labels, 4)
+    sizes = table.sum(axis=1)
+    assert sizes.max() > 2 * sizes.min() > 200
+    # Of m examples drawn at random, a label that has a quarter gets m/4 with a deviation below sqrt(3m)/4.
+    assert (np.abs(table - sizes[:, None] / 4) <= np.sqrt(3 * sizes[:, None])).all()
+
+
+def test_quantity_draws_without_looking_at_the_labels() -> None:
+    drawn = [as_lists(partition("quantity", labels, 3, 5)) for labels in (even_labels(), np.arange(1000))]
+    assert drawn[0] == drawn[1]
+
+
+def test_quantity_of_small_and_large_alpha() -> None:
+    sizes = [
+        [len(part) for part in partition("quantity", even_labels(), 4, 0, alpha=alpha)]
+        for alpha in (1e-6, 1.7e308)
+    ]
+    assert sorted(sizes[0]) == [0, 0, 0, 1000]
+    assert sizes[1] == [250] * 4
+
+
 def test_shards_give_a_client_few_labels() -> None:
     labels = np.tile(np.arange(10), 40)
     table = label_table(partition("shards", labels, 10, 0, shards_per_client=2), labels, 10)
@@ -139,15 +172,16 @@ def test_column_deals_out_more_owners_round_robin() -> None:
     ("kind", "num_clients", "given_names", "error", "message"),
     [
         (
-            "quantity",
+            "quality",
             2,
             {},
             ConfigError,
-            "partition must be one of iid, dirichlet, shards, column, got 'quantity'",
+            "partition must be one of iid, dirichlet, quantity, shards, column, got 'quality'",
         ),
         ("iid", 0, {}, ConfigError, "num_clients must be above 0, got 0"),
         ("dirichlet", 2, {"alpha": 0.0}, ConfigError, "alpha must be above 0, got 0.0"),
         ("dirichlet", 2, {"alpha": float("nan")}, ConfigError, "alpha must be above 0, got nan"),
+        ("quantity", 2, {"alpha": 0.0}, ConfigError, "alpha must be above 0, got 0.0"),
         ("shards", 2, {"shards_per_client": 0}, ConfigError, "shards_per_client must be above 0, got 0"),
         ("iid", 7, {}, DataError, "got 7 clients and 6 examples"),
         ("shards", 2, {"shards_per_client": 4}, DataError, r"at most the 6 training examples, got 2 \* 4"),
@@ -229,3 +263,85 @@ def test_label_tables_add_up_to_the_whole(case: Case, seed: int) -> None:
     labels, num_clients, _ = case
     table = label_table(partition("dirichlet", labels, num_clients, seed), labels, 6)
     assert table.sum(axis=0).tolist() == np.bincount(labels, minlength=6).tolist()
+
+
+Shared = tuple[IntArray, IntArray, list[IntArray]]
+
+
+@st.composite
+def shared(draw: st.DrawFn) -> Shared:
+    num_clients, num_labels = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    columns = st.lists(st.integers(0, 9) | st.just(0), min_size=num_clients, max_size=num_clients)
+    table = np.array(draw(st.lists(columns, min_size=num_labels, max_size=num_labels)), np.int64).T
+    labels = np.array(draw(st.lists(st.integers(0, num_labels - 1), max_size=60)), np.int64)
+    return table, labels, share_alike(table, labels, draw(st.integers(0, 99)), "client-test")
+
+
+@given(shared())
+def test_other_examples_are_shared_out_once_each(case: Shared) -> None:
+    table, labels, parts = case
+    assert len(parts) == len(table)
+    assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+
+
+@given(shared())
+def test_other_examples_are_shared_out_in_proportion(case: Shared) -> None:
+    table, labels, parts = case
+    got = label_table(parts, labels, table.shape[1])
+    weights = np.where(table.any(axis=0), table, 1)
+    exact = weights * np.bincount(labels, minlength=table.shape[1]) / weights.sum(axis=0)
+    assert (np.abs(got - exact) < 1).all()
+    assert (got[weights == 0] == 0).all()
+    # Largest remainder: whoever gets one more was cut by at least as much as whoever does not.
+    for taken, fraction in zip((got > exact).T, (exact - np.floor(exact)).T, strict=True):
+        assert fraction[taken].min(initial=1) >= fraction[~taken].max(initial=0) - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_examples", "expected"),
+    [
+        ([3, 1], 4, [3, 1]),
+        ([3, 1], 6, [5, 1]),  # 4.5 and 1.5: the tie goes to the lower client
+        ([1, 3, 0], 6, [2, 4, 0]),  # 1.5 and 4.5
+        ([2, 3, 5], 7, [1, 2, 4]),  # 1.4, 2.1 and 3.5
+        ([1, 1, 1], 5, [2, 2, 1]),
+        ([5, 4, 1], 1, [1, 0, 0]),
+        ([0, 0, 0], 5, [2, 2, 1]),  # nobody's label
+        ([0, 7, 0], 5, [0, 5, 0]),
+        ([3_000_000_000, 1_000_000_000], 4, [3, 1]),
+    ],
+)
+def test_other_examples_by_hand(counts: list[int], num_examples: int, expected: list[int]) -> None:
+    table = np.array([[9, count] for count in counts])
+    parts = share_alike(table, np.ones(num_examples, np.int64), 0, "client-test")
+    assert [len(part) for part in parts] == expected
+
+
+def test_no_other_examples() -> None:
+    assert as_lists(share_alike(np.ones((2, 3), np.int64), np.zeros(0, np.int64), 0, "client-test")) == [
+        [],
+        [],
+    ]
+
+
+def test_other_examples_depend_on_seed_and_purpose_only() -> None:
+    labels, table = even_labels(), np.ones((4, 5), np.int64)
+    keys = [(0, "client-test"), (1, "client-test"), (0, "another")]
+    drawn = [as_lists(share_alike(table, labels, *key)) for key in keys]
+    assert drawn[0] == as_lists(share_alike(table, labels, *keys[0]))
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
+def test_other_examples_of_a_label_do_not_follow_the_order_of_the_file() -> None:
+    parts = share_alike(np.array([[1], [1]]), np.zeros(40, np.int64), 0, "client-test")
+    assert as_lists(parts) != [list(range(20)), list(range(20, 40))]
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(0, 99))
+def test_the_training_examples_themselves_are_shared_out_as_they_were(case: Case, seed: int) -> None:
+    labels, num_clients, _ = case
+    table = label_table(partition("dirichlet", labels, num_clients, seed), labels, 6)
+    again = share_alike(table, labels, seed, "client-test")
+    assert label_table(again, labels, 6).tolist() == table.tolist()

@@ -13,10 +13,13 @@ from torch import Tensor
 from mpifedlora.core.aggregation import AGGREGATORS
 from mpifedlora.core.cohort import assign_clients, choose_cohort
 from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
-from mpifedlora.core.rounds import Coordinator, RoundReport, Switches, initial_adapter
+from mpifedlora.core.fresh import initial_adapter
+from mpifedlora.core.rounds import Coordinator, RoundReport
 from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.seeding import torch_seed
-from mpifedlora.core.wire import ABSENT, ClientUpdate, RoundPlan
+from mpifedlora.core.plan import ABSENT, RoundPlan
+from mpifedlora.core.switches import Switches
+from mpifedlora.core.wire import ClientUpdate
 
 NUM_CLIENTS, NUM_WORKERS, NUM_ROUNDS, INITIATING_ROUNDS = 5, 2, 8, 2
 RANK_MAX, RANK_MIN, SCALING = 4, 1, 2.0

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mpifedlora.core.config import LARGEST_INT, RunConfig
-from mpifedlora.core.methods import METHODS
+from mpifedlora.core.config import RunConfig
+from mpifedlora.core.methods import METHODS, apply_method
+from mpifedlora.core.sections import LARGEST_INT
 from mpifedlora.errors import ConfigError
 from mpifedlora.io import overrides
 from mpifedlora.io.config_reference import (
@@ -61,7 +62,7 @@ def test_a_minimal_file_gets_the_defaults(read: Read) -> None:
 
 def test_the_method_wins_and_says_so(read: Read) -> None:
     run = read(MINIMAL + '[federation]\nmethod = "fedit"\n[training]\nmu = 1\n', "aggregation.kind=product")
-    assert run.ignored_keys == ("aggregation.kind", "training.mu")
+    assert run.ignored_keys == ("training.mu", "aggregation.kind")
     assert (run.config.aggregation.kind, run.config.training.mu) == ("factors", 0.0)
 
 
@@ -283,8 +284,28 @@ def test_text_that_is_no_toml(read: Read, text: str | bytes, parts: list[str]) -
         ),
         (
             "zzz = 3",
-            "[lora] must hold known keys only, got zzz {at}; known keys are rank_max, rank_min, alpha, "
-            "dropout, target_modules, modules_to_save",
+            "[lora] must hold known keys only, got zzz {at}; known keys are rank_max, rank_min, "
+            "client_ranks, client_capacities, alpha, dropout, target_modules, modules_to_save",
+        ),
+        (
+            "client_ranks = [4, 0]",
+            "lora.client_ranks must be a list of whole numbers, each at least 1, not empty, got [4, 0] {at}; "
+            "correct the list, or leave it out",
+        ),
+        (
+            "client_ranks = 4",
+            "lora.client_ranks must be a list of whole numbers, each at least 1, not empty, got 4 {at}; put "
+            "square brackets around it",
+        ),
+        (
+            "client_capacities = [nan]",
+            "lora.client_capacities must be a list of numbers, each above 0 and at most 1, not empty, got "
+            "[nan] {at}; correct the list, or leave it out",
+        ),
+        (
+            "client_ranks = [4, 17]",
+            "client_ranks must be at most rank_max, got 17 and 16 {at}; lower the client rank above "
+            "rank_max, or raise rank_max",
         ),
     ],
 )
@@ -320,6 +341,20 @@ def test_wrong_keys_and_values(read: Read, line: str, message: str) -> None:
             ["initiating.rounds must be at most federation.num_rounds, got 2 and 1 (run.toml); lower"],
         ),
         (MINIMAL + "[evaluation]\nsplit = 'validation'\n", ["(run.toml); set data.validation_fraction"]),
+        (
+            MINIMAL + "[federation]\nmethod = 'fedsa-lora'\n[evaluation]\nmodel = 'global'\n",
+            [
+                'needs evaluation.model = "personal" (',
+                '), got "global" (run.toml); set evaluation.model = "pers',
+            ],
+        ),
+        (
+            MINIMAL + "[privacy]\nclip_norm = 1\n",
+            [
+                'needs training.scope = "b-only" or "full" (',
+                '), got "adapter" (run.toml); set training.scope',
+            ],
+        ),
     ],
 )
 def test_wrong_tables(read: Read, text: str, parts: list[str]) -> None:
@@ -365,7 +400,7 @@ def values_of(schema: Any) -> st.SearchStrategy[Any]:
     if "enum" in option:
         return st.sampled_from(option["enum"])
     if option["type"] == "array":
-        return st.lists(st.text(max_size=5), min_size=1, max_size=3)
+        return st.lists(values_of(option["items"]), min_size=1, max_size=3)
     simple = {"boolean": st.booleans(), "string": text_values(option), "integer": st.integers(2, 9)}
     if option["type"] != "number":
         return simple[option["type"]]
@@ -389,8 +424,37 @@ def _is_required(schema: Any) -> bool:
     return "default" not in schema and schema.get("type") != "array"
 
 
-def repaired(tables: dict[str, Any]) -> dict[str, Any]:
-    """Make the tables keep the rules between keys."""
+# Keys that the rules between the tables tie to each other, and what goes together of them.
+TIED = (
+    "model.dtype federation.sampling lora.client_ranks lora.client_capacities initiating.scope "
+    "annealing.allocation aggregation.kind aggregation.weights aggregation.robust aggregation.norm_bound "
+    "training.scope training.personal training.control_variates server_optimizer.kind privacy.clip_norm "
+    "privacy.noise_multiplier evaluation.model"
+).split()
+FIXED = {"annealing.schedule": "constant", "aggregation.kind": "factors"}
+COHERENT: list[dict[str, Any]] = [
+    {"model.dtype": "bfloat16", "initiating.scope": "full", "aggregation.norm_bound": 0.1},
+    {"federation.sampling": "poisson", "federation.cohort_size": 4, "aggregation.weights": "frobenius"},
+    {"lora.client_ranks": [4, 1, 9], "aggregation.kind": "zero-pad", "annealing.allocation": "spectral"},
+    {"lora.client_capacities": [0.3, 1.0], "aggregation.weights": "equal"},
+    {"annealing.schedule": "cubic", "aggregation.kind": "stack", "lora.client_ranks": [3]},
+    {"annealing.schedule": "target", "aggregation.kind": "residual"},
+    {"aggregation.robust": "krum", "aggregation.num_byzantine": 3},
+    {"training.scope": "alternating", **FIXED},
+    {"training.scope": "b-only", **FIXED, "privacy.clip_norm": 0.5, "privacy.noise_multiplier": 1.5}
+    | {"initiating.rounds": 0, "aggregation.weights": "equal"},
+    {"training.personal": "b", "evaluation.model": "personal", "initiating.rounds": 0, **FIXED},
+    {"training.scope": "full", "initiating.scope": "full", "annealing.schedule": "step"}
+    | {"server_optimizer.kind": "fedyogi"},
+    {"training.control_variates": True, "aggregation.kind": "factors", "annealing.schedule": "linear"}
+    | {"training.optimizer": "sgd", "training.momentum": 0.0, "training.mu": 0.0, "initiating.rounds": 0},
+]
+
+
+def repaired(tables: dict[str, Any], switches: dict[str, Any]) -> dict[str, Any]:
+    """Make the tables keep the rules between keys, with these switches in them."""
+    for section, _, key in (dotted.partition(".") for dotted in TIED):
+        tables[section].pop(key, None)
     tables["training"].pop("local_epochs" if "local_steps" in tables["training"] else "local_steps", None)
     tables["federation"].pop("cohort_size", None)
     tables["federation"] |= {"num_clients": 9, "num_rounds": 40}
@@ -398,12 +462,17 @@ def repaired(tables: dict[str, Any]) -> dict[str, Any]:
     tables["lora"]["target_modules"] = tables["lora"].get("target_modules") or "all-linear"
     tables["data"].setdefault("partition_column", "owner")
     tables["data"]["validation_fraction"] = 0.25
-    if tables["training"].get("scope") == "full":
-        tables["initiating"]["scope"] = "full"
+    if tables["annealing"].get("schedule") == "metropolis":
+        tables["annealing"]["cut"] = "drop"
+    for dotted, value in switches.items():
+        section, _, key = dotted.partition(".")
+        tables[section][key] = value
     return tables
 
 
-RUNS = st.fixed_dictionaries({name: tables_of(name) for name in section_models()}).map(repaired)
+TABLES = st.fixed_dictionaries({name: tables_of(name) for name in section_models()})
+PLAIN_RUNS = st.builds(repaired, TABLES, st.just({}))
+RUNS = st.builds(repaired, TABLES, st.sampled_from(COHERENT))
 
 
 @pytest.fixture(scope="module")
@@ -411,18 +480,22 @@ def shared_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs") / "run.toml"
 
 
-@settings(deadline=None, max_examples=40)
-@given(tables=RUNS, method=st.sampled_from(list(METHODS)))
-def test_what_is_written_reads_back(shared_file: Path, tables: dict[str, Any], method: str) -> None:
+def of_method(tables: dict[str, Any], method: str) -> dict[str, Any]:
     tables["federation"]["method"] = method
     if method == "fedprox":
         tables["training"]["mu"] = tables["training"].get("mu") or 0.5
-    start = RunConfig.model_validate(tables)
-    shared_file.write_text(write_run_file(start), encoding="utf-8", newline="")
-    first = read_run_file(shared_file)
-    assert method != "custom" or first == ResolvedRun(start, ())
-    shared_file.write_text(write_run_file(first.config), encoding="utf-8", newline="")
-    assert read_run_file(shared_file) == ResolvedRun(first.config, ())
+    return apply_method(tables)[0]
+
+
+PRESETS = st.sampled_from([name for name in METHODS if name != "custom"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables=st.builds(of_method, RUNS, st.just("custom")) | st.builds(of_method, PLAIN_RUNS, PRESETS))
+def test_what_is_written_reads_back(shared_file: Path, tables: dict[str, Any]) -> None:
+    resolved = RunConfig.model_validate(tables)
+    shared_file.write_text(write_run_file(resolved), encoding="utf-8", newline="")
+    assert read_run_file(shared_file) == ResolvedRun(resolved, ())
 
 
 def test_every_key_is_written_under_its_description(read: Read) -> None:

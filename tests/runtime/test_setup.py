@@ -2,11 +2,12 @@ import pytest
 import torch
 from support import make_run_file
 
-from mpifedlora.core.wire import ABSENT
+from mpifedlora.core.plan import ABSENT
 from mpifedlora.errors import AdapterError
 from mpifedlora.io.model_files import check_targets
 from mpifedlora.io.run_file import read_run_file
-from mpifedlora.runtime.setup import build_switches, choose_threads, model_path, read_data
+from mpifedlora.runtime.method import build_switches
+from mpifedlora.runtime.setup import choose_threads, model_path, read_data
 
 SIZES = [10, 0, 7, 40]
 

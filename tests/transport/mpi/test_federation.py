@@ -1,17 +1,12 @@
 """Whole federations on communicators of 1, 2, 3 and 5 processes: the same bits, and bytes in closed form."""
 
-import tempfile
-from pathlib import Path
-
+import federations
 import numpy as np
 import pytest
-import support
+from federations import HEADER_DOWN, HEADER_UP, values_of
 
 from mpifedlora.io.results import read_results
 from mpifedlora.runtime import launch
-
-# Timings differ, and more workers hear more broadcasts; all else must be equal to the last bit.
-NOT_COMPARED = {"train_s", "collect_s", "aggregate_s", "broadcast_s", "evaluate_s", "round_s", "mpi_bytes"}
 
 RUNS = {
     "freeze": [],
@@ -32,59 +27,16 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def folder():
-    """One folder that all processes share."""
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    made = tempfile.mkdtemp(prefix="mpifedlora-") if world.rank == 0 else None
-    shared = Path(world.bcast(made))
-    if world.rank == 0:
-        support.make_run_file(shared)
-    world.Barrier()
-    return shared
+    return federations.shared_folder()
 
 
-def federate(folder, name, comm, done={}):  # noqa: B006 (each run is made once a session)
-    out = folder / f"{name}-{comm.size}"
-    if out not in done:
-        done[out] = launch.run(folder / "run.toml", RUNS[name], out, True, comm=comm)
-    assert done[out] == 0
-    return out
-
-
-def contents(out):
-    results = read_results(out / "results.h5")
-    arrays = {**results.rounds, **{f"clients/{key}": value for key, value in results.clients.items()}}
-    bits = {key: value.tobytes() for key, value in arrays.items() if key.split("/")[-1] not in NOT_COMPARED}
-    files = sorted(file for file in out.rglob("*") if file.suffix in (".safetensors", ".json"))
-    return bits, {str(file.relative_to(out)): file.read_bytes() for file in files}
+def federate(folder, name, comm):
+    return federations.federate(folder, name, RUNS[name], comm)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_same_bits_for_any_number_of_processes(comm, folder, name):
-    from mpi4py import MPI
-
-    out = federate(folder, name, comm)
-    if comm.rank == 0 and comm.size > 1:
-        reference = federate(folder, name, MPI.COMM_SELF)
-        bits, files = contents(out)
-        wanted_bits, wanted_files = contents(reference)
-        assert [key for key in bits if bits[key] != wanted_bits[key]] == []
-        assert files.keys() == wanted_files.keys()
-        assert [key for key in files if files[key] != wanted_files[key]] == []
-
-
-def values_of(out, hidden=32, inner=64, num_layers=2, num_labels=3):
-    """Values of all weights, of the head, and of one rank of every module, from the tiny model's sizes."""
-    embeddings = (200 + 64 + 2) * hidden + 2 * hidden
-    layer = 4 * (hidden * hidden + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
-    head = num_labels * hidden + num_labels
-    per_rank = num_layers * (4 * 2 * hidden + 2 * (hidden + inner))
-    return embeddings + num_layers * layer + head, head, per_rank
-
-
-HEADER_UP, NUM_MODULES = 128, 12
-HEADER_DOWN = 128 + 8 * NUM_MODULES
+    federations.assert_same_bits(folder, name, RUNS[name], comm)
 
 
 @pytest.mark.parametrize("name", ["freeze", "drop", "fedit", "fedavg", "full initiating"])
@@ -93,7 +45,7 @@ def test_measured_bytes_are_the_closed_form(comm, folder, name):
     if comm.rank:
         return
     results = read_results(out / "results.h5")
-    whole, head, per_rank = values_of(out)
+    whole, head, per_rank = values_of()
     ranks = results.rounds["module_ranks"][:, 0]
     is_full = ranks == 0
     clients = results.rounds["num_participants"]
@@ -103,7 +55,8 @@ def test_measured_bytes_are_the_closed_form(comm, folder, name):
         name in ("freeze", "full initiating")
     )
     opens = np.concatenate([[False], is_full[:-1] & ~is_full[1:]])
-    down = up * (np.arange(len(up)) > 0) + frozen * per_rank + np.where(opens, whole - head, 0)
+    state = np.where(opens, head, up) * (np.arange(len(up)) > 0)  # fresh factors follow from the seed
+    down = state + frozen * per_rank + np.where(opens, whole - head, 0)
     np.testing.assert_array_equal(results.rounds["downlink_bytes"], clients * (HEADER_DOWN + 4 * down))
     both = results.baselines
     assert both.sent_bytes == (results.rounds["uplink_bytes"] + results.rounds["downlink_bytes"]).sum()
@@ -122,7 +75,7 @@ def test_an_absent_client_is_sent_what_it_missed(comm, folder):
     if comm.rank:
         return
     results = read_results(out / "results.h5")
-    _, head, per_rank = values_of(out)
+    _, head, per_rank = values_of()
     ranks = results.rounds["module_ranks"][:, 0].tolist()
     present = results.clients["participated"]
     heard = np.zeros(4, int)  # frozen ranks that each client has received

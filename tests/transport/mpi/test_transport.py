@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from mpifedlora.core.agreement import Status, check_agreement
-from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
-from mpifedlora.core.wire import ClientUpdate, RoundPlan, UpdateRows
+from mpifedlora.core.layout import DENSE, LinearShape, ModelShapes, TensorShape
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.wire import ClientUpdate, UpdateRows
 from mpifedlora.errors import ConfigError
 from mpifedlora.transport import mpi
 from mpifedlora.transport.inprocess import InProcessTransport
@@ -32,11 +33,11 @@ class Echo:
 
     def train(self):
         clients = self.plan.clients_of(self.worker_id)
-        rows = UpdateRows(len(clients), self.plan.layout(SHAPES).num_values)
+        rows = UpdateRows([self.plan.row_values(SHAPES, client_id) for client_id in clients])
         for index, client_id in enumerate(clients):
             values = rows.values(index)
-            state = self.plan.split(SHAPES, self.message)[2]
-            values[:] = state + client_id if len(state) else float(client_id)
+            state = self.plan.split(SHAPES, self.message).state
+            values[:] = client_id + (state[: len(values)] if len(state) >= len(values) else 0.0)
             ClientUpdate(client_id, 10 + client_id, 2, 0.5, 0.0, 1.5, True, values).write_header(
                 rows, index, self.plan
             )
@@ -64,6 +65,14 @@ def plans(num_workers):
         "one client": make_plan([-1] * 3 + [0]),
         "full": make_plan(even, scope="full", sends_base=True),
         "first round": make_plan(even, sends_state=False, frozen_ranks=(0, 0), round_num=1),
+        "one factor": make_plan(even, scope="b", sends_parts="a", frozen_ranks=(DENSE, 0)),
+        "client ranks": make_plan(even, client_ranks=tuple(1 + client % 3 for client in even)),
+        "ranks by worker": make_plan(even, client_ranks=tuple(1 + worker % 2 for worker in even)),
+        "variates": make_plan(
+            even, has_variates=True, mapped_ranks=(3, 3), state_rounds=(1,) * len(even), frozen_ranks=(0, 0)
+        ),
+        "own factor": make_plan(even, keeps_b=True, sends_parts="a", state_rounds=(0,) * len(even)),
+        "nobody": make_plan([-1] * 3),
     }
 
 
@@ -75,7 +84,7 @@ def one_round(transport, plan, message):
     return [part.numpy().tobytes() for part in predictions], kept
 
 
-@pytest.mark.parametrize("kind", ["even", "uneven", "one client", "full", "first round"])
+@pytest.mark.parametrize("kind", plans(1))
 def test_same_bits_and_bytes_as_in_one_process(comm, kind):
     if comm.size == 1:
         assert mpi.connect(comm) is None
@@ -92,7 +101,8 @@ def test_same_bits_and_bytes_as_in_one_process(comm, kind):
             assert received.numpy().tobytes() == message.numpy().tobytes()
             worker.receive(got, received)
             endpoint.submit_predictions(worker.predictions())
-            endpoint.submit(worker.train())
+            if got.cohort:
+                endpoint.submit(worker.train())
         return
     twin = InProcessTransport([Echo(worker_id) for worker_id in range(endpoint.num_workers)])
     for _ in range(2):
@@ -156,7 +166,7 @@ def test_waiting_does_not_burn_the_core(comm):
 def test_numbers_of_any_size_survive_the_headers(comm):
     if comm.size == 1:
         return
-    rows = UpdateRows(1, 3)
+    rows = UpdateRows([3])
     plan = make_plan([0])
     ClientUpdate(2**31 - 1, 2**40, 2**35, np.inf, 1e-300, 1e9, False, rows.values(0)).write_header(
         rows, 0, plan

@@ -1,0 +1,130 @@
+"""One round's updates against the state that their clients started from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpifedlora.core.aggregation import ModuleSum, frobenius_weights, normalise, weighted_mean
+from mpifedlora.core.layout import AdapterLayout, Factors, ModelShapes, copy_common
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.robust import combine_products
+from mpifedlora.core.screening import Contribution
+from mpifedlora.core.switches import Switches
+from mpifedlora.core.wire import ClientUpdate
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How a round's updates are combined.
+
+    Args:
+        shapes: of the model.
+        switches: of the method.
+        plan: of the round.
+        state: (layout values,), the global state that the clients received.
+    """
+
+    shapes: ModelShapes
+    switches: Switches
+    plan: RoundPlan
+    state: Tensor
+
+    def reference(self) -> tuple[list[Factors], Tensor]:
+        """Return the factors of the state (none where B stays with the clients), and the rest of it."""
+        layout = self.plan.layout(self.shapes)
+        factors = [] if self.plan.keeps_b else layout.factors(self.state)
+        return factors, layout.whole_values(self.state)
+
+    def contribution(self, update: ClientUpdate) -> Contribution:
+        """Return a client's update with what it did not send taken from the state."""
+        shared = self.plan.shared_layout(self.shapes, update.client_id)
+        values = update.values[: shared.num_values]
+        pairs = zip(shared.factors(values), self.reference()[0], strict=False)
+        factors = [_completed(sent, state, shared.parts) for sent, state in pairs]
+        return Contribution(update, factors, values, shared.whole_values(values))
+
+    def weights(self, used: Sequence[Contribution]) -> list[float]:
+        """Return the weight of each update, summing to 1."""
+        if not used:
+            return []
+        if self.switches.weights == "frobenius":
+            return frobenius_weights([part.factors for part in used])
+        if self.switches.weights == "equal":
+            return normalise([1.0] * len(used))
+        return normalise([part.update.num_examples for part in used])
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the next factors are means of the clients' factors."""
+        switches, plan = self.switches, self.plan
+        return switches.aggregator.active == "mean" or plan.scope != "adapter" or plan.keeps_b
+
+    def next_values(self, used: Sequence[Contribution], weights: Sequence[float]) -> Tensor:
+        """Return the state as far as it is a mean of values: the head, and the factors if `is_mean`.
+
+        Args:
+            used: updates to combine; without any the state stays.
+            weights: one an update, summing to 1.
+
+        Returns:
+            (layout values,), in the round's layout.
+        """
+        advance, layout = self.switches.flat_update.advance, self.plan.layout(self.shapes)
+        flat = self.state.clone()
+        if not self.is_mean:
+            head = layout.whole_values(flat)
+            advance(self.reference()[1], [part.whole for part in used], weights, head)
+            return flat
+        shared = self.plan.shared_layout(self.shapes)
+        old = copy_common(layout, self.state, shared, torch.empty(shared.num_values))
+        new = advance(old, [self._padded(part, shared) for part in used], weights, torch.empty_like(old))
+        if used and self.plan.client_ranks:
+            trained = max(self.plan.client_ranks[part.update.client_id] for part in used)
+            _keep_beyond(trained, shared.factors(old), shared.factors(new))
+        return copy_common(shared, new, layout, flat)
+
+    def _padded(self, part: Contribution, shared: AdapterLayout) -> Tensor:
+        own = self.plan.shared_layout(self.shapes, part.update.client_id)
+        if own == shared:
+            return part.values
+        return copy_common(own, part.values, shared, torch.zeros(shared.num_values))
+
+    def sums(self, values: Tensor, used: Sequence[Contribution], weights: Sequence[float]) -> list[ModuleSum]:
+        """Return each module's sum; without any update the state is the only one.
+
+        Args:
+            values: what `next_values` returned.
+            used: updates to combine.
+            weights: one an update, summing to 1.
+        """
+        layout = self.plan.layout(self.shapes)
+        clients = [part.factors for part in used] or [layout.factors(self.state)]
+        means = layout.factors(values) if self.is_mean else [None] * len(layout.modules)
+        return [
+            self._sum(module, list(weights) or [1.0], mean)
+            for module, mean in zip(zip(*clients, strict=True), means, strict=True)
+        ]
+
+    def _sum(self, clients: Sequence[Factors], weights: Sequence[float], mean: Factors | None) -> ModuleSum:
+        combiner, dense = self.switches.flat_update.combiner, None
+        if mean is None and combiner is not weighted_mean and self.switches.aggregator.active == "svd":
+            dense = combine_products(clients, weights, combiner)
+        return ModuleSum(clients, weights, self.switches.aggregator, mean, dense)
+
+
+def _completed(sent: Factors, state: Factors, parts: str) -> Factors:
+    """Take from the state which factor the client has not sent."""
+    if parts == "ab":
+        return sent
+    return Factors(sent.a, state.b) if parts == "a" else Factors(state.a, sent.b)
+
+
+def _keep_beyond(first: int, old: Sequence[Factors], new: Sequence[Factors]) -> None:
+    """Keep the directions that no client of the round has trained as they were."""
+    for before, after in zip(old, new, strict=True):
+        after.a[first:].copy_(before.a[first:])
+        after.b[:, first:].copy_(before.b[:, first:])

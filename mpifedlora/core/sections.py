@@ -1,0 +1,161 @@
+"""The tables of a run file that any federated run has, and what every table is made of.
+
+The tables that make the method are in `mpifedlora.core.method_config`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LARGEST_INT = 2**31 - 1
+"""Largest whole number of every key but the seeds: it fits the message header and MPI's counts."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A table of the run file: unknown keys are errors, values are fixed once checked.
+
+    Strict, so that `true` is no number and `"3"` is no whole number; a whole number still does as a float.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """`[model]`: the pre-trained base model that every client has before round 1."""
+
+    name: str = Field(
+        min_length=1,
+        description="`minilm` (packaged weights), a local folder, or a hub name.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Data type of the base weights; adapters are always float32."
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout inside the base model; by default the model's own."
+    )
+    head: Literal["auto", "mean_pooling", "stock"] = Field(
+        "auto",
+        description="Task head. `mean_pooling`: linear layer on mean-pooled token features, which fits "
+        "sentence encoders; `stock`: the model's own sequence-classification head; `auto`: "
+        "`mean_pooling` where the model folder says so (sentence-transformers' pooling file).",
+    )
+
+
+class DataConfig(Section):
+    """`[data]`: where the examples come from and which client owns which."""
+
+    source: str = Field(
+        min_length=1,
+        description="`20newsgroups`, `reuters-r8`, `reuters-r52` (see `mpifedlora data`), a local "
+        "`.csv`, `.jsonl` or `.parquet` file, or a hub name (needs the package `datasets`).",
+    )
+    text_column: str = Field("text", description="Column with the text.")
+    label_column: str = Field("label", description="Column with the label (text or integer).")
+    test_source: str | None = Field(
+        None, description="A second file or source to test on; without it the source's own test part."
+    )
+    test_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the examples split off for testing (stratified by label, from the seed) "
+        "where the source has no test part.",
+    )
+    validation_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the training examples held out for choices (stratified, from the seed).",
+    )
+    partition: Literal["iid", "dirichlet", "quantity", "shards", "column"] = Field(
+        "dirichlet",
+        description="How training examples are shared out among the clients. `dirichlet`: each client "
+        "gets its own mix of labels; `quantity`: its own share of the examples, drawn from Dir(alpha).",
+    )
+    alpha: Positive = Field(
+        0.5,
+        description="Concentration of the Dirichlet distribution under `dirichlet` and `quantity`; smaller "
+        "is less alike.",
+    )
+    shards_per_client: PositiveInt = Field(2, description="Label-sorted shards a client gets under `shards`.")
+    partition_column: str | None = Field(
+        None, description="Column that names each example's owner under `column`."
+    )
+    max_length: int = Field(128, ge=2, le=LARGEST_INT, description="Tokens a text is cut to.")
+    max_examples: PositiveInt | None = Field(
+        None, description="At most so many training examples are used (drawn from the seed)."
+    )
+
+    @model_validator(mode="after")
+    def _column_is_named(self) -> DataConfig:
+        if self.partition == "column" and self.partition_column is None:
+            raise ValueError('partition = "column" needs partition_column, got none; name the column')
+        return self
+
+
+class FederationConfig(Section):
+    """`[federation]`: who takes part, for how long, by which method."""
+
+    method: str = Field("sa-fedlora", description="A preset of `mpifedlora methods`, or `custom`.")
+    num_clients: PositiveInt = Field(8, description="Clients in the federation.")
+    num_rounds: PositiveInt = Field(20, description="Plan-train-aggregate cycles.")
+    cohort_size: PositiveInt | None = Field(
+        None,
+        description="Clients drawn for each round from the seed (under `poisson`: their expected number); "
+        "all of them by default.",
+    )
+    sampling: Literal["fixed", "poisson"] = Field(
+        "fixed",
+        description="`fixed`: cohort_size clients in every round; `poisson`: every client takes part "
+        "independently with probability cohort_size / num_clients, which is what the privacy accountant "
+        "assumes.",
+    )
+    seed: Seed = Field(0, description="Every random stream starts from it.")
+    reproducible: bool = Field(
+        True, description="Same bits for any number of workers; what would break it is refused."
+    )
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> FederationConfig:
+        if self.cohort_size is not None and self.cohort_size > self.num_clients:
+            raise ValueError(
+                f"cohort_size must be at most num_clients, got {self.cohort_size} and "
+                f"{self.num_clients}; lower cohort_size"
+            )
+        if self.sampling == "poisson" and self.cohort_size is None:
+            raise ValueError(
+                'sampling = "poisson" needs cohort_size (each client takes part with probability '
+                "cohort_size / num_clients), got none; set cohort_size, or leave sampling out"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """`[evaluation]`: what is measured, when and where."""
+
+    model: Literal["global", "personal"] = Field(
+        "global",
+        description="`global`: the server's model; `personal`: each client's own model on its share of the "
+        "examples, which has the client's mix of labels.",
+    )
+
+    every: PositiveInt = Field(1, description="Evaluate after every so many rounds, and the last.")
+    max_examples: PositiveInt | None = Field(
+        None, description="At most so many examples are used (drawn from the seed)."
+    )
+    on: Literal["server", "workers"] = Field(
+        "server",
+        description="`server`: while the workers train; `workers`: shared out before they train.",
+    )
+    split: Literal["test", "validation"] = Field(
+        "test", description="`validation` for choices; needs data.validation_fraction."
+    )
+    batch_size: PositiveInt = Field(64, description="Examples per forward pass.")

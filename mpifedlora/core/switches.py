@@ -1,0 +1,71 @@
+"""The switches of a method, as the core needs them: values made of small functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mpifedlora.core.aggregation import AGGREGATORS, Aggregator
+from mpifedlora.core.annealer import Guidance
+from mpifedlora.core.schedule import RankSchedule
+from mpifedlora.core.screening import Screening
+from mpifedlora.core.server_update import FlatUpdate
+
+
+@dataclass(frozen=True)
+class Switches:
+    """A method.
+
+    Args:
+        schedule: rank budget and stages.
+        learning_rate: of a round, given its number and scope.
+        choose_workers: worker of each client of a round (by client id, or ABSENT), given its number.
+        initiating_scope: what the initiating stage trains, `adapter` or `full`.
+        scope: what is trained after it: `adapter`, `full`, `b-only` or `alternating`.
+        keeps_b: whether B stays with its client.
+        keeps_head: whether the head stays too, then.
+        has_variates: whether control variates correct the clients' drift (SCAFFOLD).
+        num_eligible: clients that have examples; the control variate's mean is over all of them.
+        client_ranks: rank that each client trains at most; none means no limit.
+        aggregator: how adapters are combined.
+        weights: `examples`, `equal` or `frobenius`.
+        flat_update: how flat updates are combined, noised and stepped along.
+        screening: which updates are used.
+        freezes: whether directions beyond the budget are frozen (else dropped).
+        is_spectral: whether the budget goes to the strongest directions (else evenly to all modules).
+        guidance: of measured schedules.
+        mu: proximal weight of a round.
+    """
+
+    schedule: RankSchedule
+    learning_rate: Callable[[int, str], float]
+    choose_workers: Callable[[int], Sequence[int]]
+    initiating_scope: str = "adapter"
+    scope: str = "adapter"
+    keeps_b: bool = False
+    keeps_head: bool = False
+    has_variates: bool = False
+    num_eligible: int = 1
+    client_ranks: tuple[int, ...] = ()
+    aggregator: Aggregator = AGGREGATORS["product"]
+    weights: str = "examples"
+    flat_update: FlatUpdate = field(default_factory=FlatUpdate)
+    screening: Screening = field(default_factory=Screening)
+    freezes: bool = True
+    is_spectral: bool = False
+    guidance: Guidance = field(default_factory=Guidance)
+    mu: Callable[[int], float] = lambda round_num: 0.0
+
+    @property
+    def client_keeps_state(self) -> bool:
+        """Whether clients keep something between rounds."""
+        return self.keeps_b or self.has_variates
+
+    def round_scope(self, round_num: int) -> str:
+        """Return what a round trains: `adapter`, `full`, `a` or `b`."""
+        if self.schedule.stage(round_num) == "initiating":
+            return self.initiating_scope
+        if self.scope == "alternating":
+            # B first: as long as it is 0, A has no gradient.
+            return "b" if (round_num - self.schedule.initiating_rounds) % 2 else "a"
+        return "b" if self.scope == "b-only" else self.scope

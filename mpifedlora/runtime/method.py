@@ -1,0 +1,189 @@
+"""From a checked configuration to the switches of its method."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpifedlora.core.batches import steps_of
+from mpifedlora.core.cohort import assign_clients, choose_cohort, draw_poisson_cohort
+from mpifedlora.core.config import RunConfig
+from mpifedlora.core.method_config import ranks_of_clients
+from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
+from mpifedlora.core.seeding import numpy_generator
+
+if TYPE_CHECKING:
+    from mpifedlora.core.annealer import Guidance
+    from mpifedlora.core.robust import Combiner
+    from mpifedlora.core.screening import Screening
+    from mpifedlora.core.server_optimizer import ServerOptimizer
+    from mpifedlora.core.server_update import GaussianNoise
+    from mpifedlora.core.switches import Switches
+
+
+def build_switches(config: RunConfig, sizes: Sequence[int], num_workers: int) -> Switches:
+    """Turn a configuration into the switches of its method.
+
+    Args:
+        config: of the run.
+        sizes: training examples of each client.
+        num_workers: processes that train.
+    """
+    from mpifedlora.core.aggregation import AGGREGATORS
+    from mpifedlora.core.server_update import FlatUpdate
+    from mpifedlora.core.switches import Switches
+
+    training, initiating, annealing = config.training, config.initiating, config.annealing
+    return Switches(
+        schedule=rank_schedule(config),
+        learning_rate=partial(_learning_rate, config),
+        choose_workers=partial(_choose_workers, config, sizes, num_workers),
+        initiating_scope=initiating.scope,
+        scope=training.scope,
+        keeps_b=training.personal != "none",
+        keeps_head=training.personal == "b-and-head",
+        has_variates=training.control_variates,
+        num_eligible=max(1, sum(size > 0 for size in sizes)),
+        client_ranks=_client_ranks(config),
+        aggregator=AGGREGATORS[config.aggregation.kind],
+        weights=config.aggregation.weights,
+        flat_update=FlatUpdate(_combiner(config), _server_optimizer(config), _noise(config)),
+        screening=_screening(config),
+        freezes=annealing.cut == "freeze",
+        is_spectral=annealing.allocation == "spectral",
+        guidance=_guidance(config),
+        mu=partial(_mu, config),
+    )
+
+
+def rank_schedule(config: RunConfig) -> RankSchedule:
+    """Return the schedule of stages and rank budgets."""
+    annealing = config.annealing
+    return RankSchedule(
+        kind=annealing.schedule,
+        num_rounds=config.federation.num_rounds,
+        initiating_rounds=config.initiating.rounds,
+        heating_rounds=annealing.heating_rounds,
+        cooling_rounds=annealing.cooling_rounds,
+        rank_max=config.lora.rank_max,
+        rank_min=config.lora.rank_min,
+        exponential_end=annealing.exponential_end,
+        num_steps=annealing.num_steps,
+    )
+
+
+def expected_cohort(config: RunConfig) -> int:
+    """Return how many clients take part in a round, on average under Poisson sampling."""
+    return config.federation.cohort_size or config.federation.num_clients
+
+
+def has_private_noise(config: RunConfig) -> bool:
+    """Say whether noise that nobody can take away protects the clients."""
+    return config.privacy.noise_multiplier > 0 and config.privacy.noise_seed is None
+
+
+def client_keeps_state(config: RunConfig) -> bool:
+    """Say whether clients keep something between rounds."""
+    return config.training.personal != "none" or config.training.control_variates
+
+
+def _learning_rate(config: RunConfig, round_num: int, scope: str) -> float:
+    training = config.training
+    rate = training.full_learning_rate if scope == "full" else training.learning_rate
+    kind, num_rounds = training.learning_rate_schedule, config.federation.num_rounds
+    return rate * learning_rate_factor(kind, round_num, num_rounds)
+
+
+def _mu(config: RunConfig, round_num: int) -> float:
+    initiating = config.initiating
+    if round_num > initiating.rounds:
+        return config.training.mu
+    return proximal_weight(initiating.mu, initiating.mu_schedule, round_num, initiating.rounds)
+
+
+def _client_ranks(config: RunConfig) -> tuple[int, ...]:
+    ranks = ranks_of_clients(config)
+    return () if set(ranks) == {config.lora.rank_max} else ranks
+
+
+def _combiner(config: RunConfig) -> Combiner:
+    from mpifedlora.core.aggregation import weighted_mean
+    from mpifedlora.core.robust import coordinate_median, trimmed_mean
+
+    if config.aggregation.robust == "median":
+        return coordinate_median
+    if config.aggregation.robust == "trimmed-mean":
+        return trimmed_mean(config.aggregation.num_byzantine)
+    return weighted_mean
+
+
+def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
+    from mpifedlora.core.server_optimizer import ServerOptimizer
+
+    chosen = config.server_optimizer
+    if chosen.kind == "none":
+        return None
+    default = 1.0 if chosen.kind == "momentum" else 1e-3
+    rate = chosen.learning_rate or default
+    return ServerOptimizer(chosen.kind, rate, chosen.beta1, chosen.beta2, chosen.tau)
+
+
+def _noise(config: RunConfig) -> GaussianNoise | None:
+    import torch
+
+    from mpifedlora.core.server_update import GaussianNoise
+
+    privacy = config.privacy
+    if privacy.clip_norm is None:
+        return None
+    seed = secrets.randbits(63) if privacy.noise_seed is None else privacy.noise_seed
+    generator = torch.Generator().manual_seed(seed)
+    return GaussianNoise(privacy.clip_norm, privacy.noise_multiplier, expected_cohort(config), generator)
+
+
+def _screening(config: RunConfig) -> Screening:
+    from mpifedlora.core.screening import Screening
+
+    aggregation = config.aggregation
+    kind = aggregation.robust if aggregation.robust in ("krum", "multi-krum") else ""
+    return Screening(aggregation.norm_bound, kind, aggregation.num_byzantine)
+
+
+def _guidance(config: RunConfig) -> Guidance:
+    from mpifedlora.core.annealer import Guidance
+
+    annealing = config.annealing
+    return Guidance(annealing.cut_step, annealing.tolerance, annealing.metropolis_temperature)
+
+
+def _choose_workers(
+    config: RunConfig, sizes: Sequence[int], num_workers: int, round_num: int
+) -> tuple[int, ...]:
+    training = config.training
+    eligible = [client_id for client_id, size in enumerate(sizes) if size]
+    cohort = _choose_cohort(config, eligible, round_num)
+    load = {
+        client_id: training.batch_size
+        * steps_of(sizes[client_id], training.batch_size, training.local_steps, training.local_epochs)
+        for client_id in cohort
+    }
+    workers = assign_clients(cohort, load, num_workers)
+    return tuple(workers.get(client_id, -1) for client_id in range(len(sizes)))
+
+
+def _choose_cohort(config: RunConfig, eligible: Sequence[int], round_num: int) -> tuple[int, ...]:
+    federation = config.federation
+    if federation.sampling == "fixed":
+        return choose_cohort(eligible, federation.cohort_size, federation.seed, round_num)
+    probability = expected_cohort(config) / federation.num_clients
+    # Sampling amplifies privacy only as long as nobody can tell who took part.
+    generator = (
+        np.random.default_rng(secrets.randbits(128))
+        if has_private_noise(config)
+        else numpy_generator(federation.seed, "cohort", round_num)
+    )
+    return draw_poisson_cohort(eligible, probability, generator)

@@ -1,0 +1,67 @@
+"""Whole federations on a communicator, each made once, and what they leave behind."""
+
+import tempfile
+from pathlib import Path
+
+import support
+
+from mpifedlora.io.results import read_results
+from mpifedlora.runtime import launch
+
+# Timings differ, and more workers hear more broadcasts; all else must be equal to the last bit.
+NOT_COMPARED = {"train_s", "collect_s", "aggregate_s", "broadcast_s", "evaluate_s", "round_s", "mpi_bytes"}
+
+HEADER_UP, NUM_MODULES = 128, 12
+HEADER_DOWN = 128 + 8 * NUM_MODULES
+
+
+def shared_folder():
+    """Return a folder with a run file that all processes share; every process calls it."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    made = tempfile.mkdtemp(prefix="mpifedlora-") if world.rank == 0 else None
+    shared = Path(world.bcast(made))
+    if world.rank == 0:
+        support.make_run_file(shared)
+    world.Barrier()
+    return shared
+
+
+def federate(folder, name, settings, comm, done={}):  # noqa: B006 (each run is made once a session)
+    """Return the output folder of a run."""
+    out = folder / f"{name}-{comm.size}"
+    if out not in done:
+        done[out] = launch.run(folder / "run.toml", settings, out, True, comm=comm)
+    assert done[out] == 0
+    return out
+
+
+def contents(out):
+    results = read_results(out / "results.h5")
+    arrays = {**results.rounds, **{f"clients/{key}": value for key, value in results.clients.items()}}
+    bits = {key: value.tobytes() for key, value in arrays.items() if key.split("/")[-1] not in NOT_COMPARED}
+    files = sorted(file for file in out.rglob("*") if file.suffix in (".safetensors", ".json"))
+    return bits, {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+def assert_same_bits(folder, name, settings, comm):
+    """Run on the communicator and on one process alone, and compare everything but times."""
+    from mpi4py import MPI
+
+    out = federate(folder, name, settings, comm)
+    if comm.rank == 0 and comm.size > 1:
+        bits, files = contents(out)
+        wanted_bits, wanted_files = contents(federate(folder, name, settings, MPI.COMM_SELF))
+        assert [key for key in bits if bits[key] != wanted_bits[key]] == []
+        assert files.keys() == wanted_files.keys()
+        assert [key for key in files if files[key] != wanted_files[key]] == []
+
+
+def values_of(hidden=32, inner=64, num_layers=2, num_labels=3):
+    """Values of all weights, of the head, and of one rank of every module, from the tiny model's sizes."""
+    embeddings = (200 + 64 + 2) * hidden + 2 * hidden
+    layer = 4 * (hidden * hidden + hidden) + 2 * hidden * inner + inner + hidden + 4 * hidden
+    head = num_labels * hidden + num_labels
+    per_rank = num_layers * (4 * 2 * hidden + 2 * (hidden + inner))
+    return embeddings + num_layers * layer + head, head, per_rank

@@ -1,0 +1,172 @@
+"""Every preset over real MPI: the same bits for 1, 2 and 4 workers, and bytes in closed form."""
+
+import federations
+import numpy as np
+import pytest
+from federations import HEADER_DOWN, HEADER_UP, NUM_MODULES
+
+from mpifedlora.core.methods import METHODS
+from mpifedlora.io.results import read_results
+
+TWO_OF_FOUR = "federation.cohort_size=2"
+UNLIKE = "lora.client_ranks=[1, 2, 4]"
+VALIDATION = "data.validation_fraction=0.2"
+PRIVATE = ["privacy.clip_norm=0.5", "privacy.noise_multiplier=1.0", "privacy.noise_seed=3"]
+PRIVATE += ["aggregation.weights=equal"]
+CUSTOM = "federation.method=custom"
+
+PRESETS = {name: [f"federation.method={name}"] for name in METHODS if name != "custom"}
+VARIANTS = {
+    "hetlora, ranks": [*PRESETS["hetlora"], UNLIKE],
+    "flexlora, ranks": [*PRESETS["flexlora"], UNLIKE],
+    "flora, ranks": [*PRESETS["flora"], UNLIKE],
+    "annealed ranks, cohort": [UNLIKE, TWO_OF_FOUR],
+    "rolora, cohort": [*PRESETS["rolora"], TWO_OF_FOUR],
+    "fedsa-lora, cohort": [*PRESETS["fedsa-lora"], TWO_OF_FOUR, "evaluation.on=workers"],
+    "flora, cohort": [*PRESETS["flora"], TWO_OF_FOUR],
+    "scaffold with cuts": [
+        CUSTOM,
+        TWO_OF_FOUR,
+        "training.control_variates=true",
+        "training.optimizer=sgd",
+        "aggregation.kind=factors",
+        "initiating.mu=0",
+    ],
+    "fedyogi with cuts": [CUSTOM, "aggregation.kind=factors", "server_optimizer.kind=fedyogi"],
+    "residual with cuts": [CUSTOM, "aggregation.kind=residual"],
+    "spectral": ["annealing.allocation=spectral"],
+    "metropolis": ["annealing.schedule=metropolis", "annealing.cut=drop", VALIDATION],
+    "target": ["annealing.schedule=target", VALIDATION],
+    "median": ["aggregation.robust=median"],
+    "multi-krum": ["aggregation.robust=multi-krum", "aggregation.num_byzantine=0"],
+    "private ffa-lora": [*PRESETS["ffa-lora"], *PRIVATE, TWO_OF_FOUR, "federation.sampling=poisson"],
+    "private fedavg": [*PRESETS["fedavg"], *PRIVATE],
+}
+RUNS = {**PRESETS, **VARIANTS}
+
+# The tiny model's adapted layers: in and out, and so the values of one rank of A and of B in all of them.
+SIDES = [(32, 32)] * 4 + [(32, 64), (64, 32)]
+PER_A = 2 * sum(inner for inner, _ in SIDES)
+PER_B = 2 * sum(outer for _, outer in SIDES)
+WHOLE, HEAD, PER_RANK = federations.values_of()
+RANK, CLIENTS, ROUNDS = 4, 4, 4
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return federations.shared_folder()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_same_bits_for_any_number_of_workers(comm, folder, name):
+    federations.assert_same_bits(folder, name, RUNS[name], comm)
+
+
+def stacked(total_rank):
+    """Values of factors of one total rank in every module, each in the smaller of its two exact forms."""
+    return 2 * sum(min(total_rank * (inner + outer), inner * outer) for inner, outer in SIDES)
+
+
+FULL = (WHOLE, WHOLE)
+BOTH = (RANK * PER_RANK + HEAD,) * 2
+ONE_FACTOR = (RANK * PER_B + HEAD,) * 2
+
+# Values that one client sends, and that it receives from round 2 on.
+VALUES = {
+    "fedavg": FULL,
+    "fedprox": FULL,
+    "fedadam": FULL,
+    "scaffold": (2 * WHOLE, 2 * WHOLE),
+    "fedit": BOTH,
+    "flexlora": BOTH,
+    "hetlora": BOTH,
+    "ffa-lora": ONE_FACTOR,
+    "rolora": ONE_FACTOR,  # A and B of a rank have as many values here
+    "fedsa-lora": (RANK * PER_A + HEAD,) * 2,
+    "flora": (RANK * PER_RANK + HEAD, stacked(CLIENTS * RANK) + HEAD),
+    "fedex-lora": (RANK * PER_RANK + HEAD, stacked((CLIENTS - 1) * RANK) + RANK * PER_RANK + HEAD),
+}
+
+
+def test_every_preset_has_a_closed_form():
+    assert PER_A == PER_B
+    assert {*VALUES, "sa-fedlora", "custom"} == set(METHODS)  # sa-fedlora: test_federation.py
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_measured_bytes_are_the_closed_form(comm, folder, name):
+    out = federations.federate(folder, name, RUNS[name], comm)
+    if comm.rank:
+        return
+    results = read_results(out / "results.h5")
+    up, down = VALUES[name]
+    header_down = HEADER_DOWN + 4 * NUM_MODULES * (name == "scaffold")
+    received = np.array([0] + [down] * (ROUNDS - 1))
+    np.testing.assert_array_equal(results.rounds["uplink_bytes"], CLIENTS * (HEADER_UP + 4 * up))
+    np.testing.assert_array_equal(results.rounds["downlink_bytes"], CLIENTS * (header_down + 4 * received))
+
+
+@pytest.mark.parametrize("name", ["hetlora, ranks", "flexlora, ranks", "flora, ranks"])
+def test_clients_of_lower_rank_send_and_receive_less(comm, folder, name):
+    out = federations.federate(folder, name, RUNS[name], comm)
+    if comm.rank:
+        return
+    results = read_results(out / "results.h5")
+    ranks = np.array([1, 2, 4, 1])
+    up = (ranks * PER_RANK + HEAD).sum()
+    down = CLIENTS * (stacked(ranks.sum()) + HEAD) if name.startswith("flora") else up
+    received = np.array([0] + [down] * (ROUNDS - 1))
+    np.testing.assert_array_equal(results.rounds["uplink_bytes"], CLIENTS * HEADER_UP + 4 * up)
+    np.testing.assert_array_equal(results.rounds["downlink_bytes"], CLIENTS * HEADER_DOWN + 4 * received)
+
+
+def test_a_client_that_was_absent_receives_both_factors(comm, folder):
+    out = federations.federate(folder, "rolora, cohort", RUNS["rolora, cohort"], comm)
+    if comm.rank:
+        return
+    results = read_results(out / "results.h5")
+    present = results.clients["participated"]
+    for index in range(1, ROUNDS):
+        # The last round's factor, and the one before it where the client missed that round's message.
+        factors = [
+            1 + (index > 1 and not present[index - 1][client]) for client in np.flatnonzero(present[index])
+        ]
+        expected = sum(HEADER_DOWN + 4 * (count * RANK * PER_B + HEAD) for count in factors)
+        assert results.rounds["downlink_bytes"][index] == expected
+
+
+@pytest.mark.parametrize("name", ["private ffa-lora", "private fedavg"])
+def test_privacy_spent_is_told_and_a_seed_is_no_privacy(comm, folder, name):
+    out = federations.federate(folder, name, RUNS[name], comm)
+    if comm.rank:
+        return
+    results = read_results(out / "results.h5")
+    assert (np.diff(results.rounds["epsilon"]) > 0).all()
+    assert not results.info.is_private
+    assert results.info.reproducible
+
+
+def test_personal_models_are_measured_and_kept(comm, folder):
+    out = federations.federate(folder, "fedsa-lora", RUNS["fedsa-lora"], comm)
+    if comm.rank:
+        return
+    assert read_results(out / "results.h5").info.eval_model == "personal"
+    names = sorted(path.name for path in (out / "client_adapters").iterdir())
+    assert names == [f"client-{client:05d}" for client in range(CLIENTS)]
+    states = sorted(path.name for path in (out / "client_states").glob("*.safetensors"))
+    assert states == [f"client-{client:05d}.round-{ROUNDS:05d}.safetensors" for client in range(CLIENTS)]
+
+
+@pytest.mark.parametrize(
+    "name", ["fedit", "flora", "fedex-lora", "flexlora", "sa-fedlora", "hetlora", "rolora"]
+)
+def test_aggregation_error_and_dropped_energy_are_told(comm, folder, name):
+    out = federations.federate(folder, name, RUNS[name], comm)
+    if comm.rank:
+        return
+    rounds = read_results(out / "results.h5").rounds
+    is_exact = name in ("flora", "fedex-lora", "rolora")
+    assert (
+        (rounds["aggregation_error"] < 1e-5).all() if is_exact else (rounds["aggregation_error"] > 1e-5).all()
+    )
+    assert (rounds["dropped_energy"] >= 0).all()
