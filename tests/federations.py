@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import support
+from safetensors.torch import load_file
 
 from mpifedlora.io.results import read_results
 from mpifedlora.runtime import launch
@@ -38,11 +39,17 @@ def federate(folder, name, settings, comm, done={}):  # noqa: B006 (each run is 
 
 
 def contents(out):
+    """Return everything but times: arrays of the results, and tensors and texts of the other files."""
     results = read_results(out / "results.h5")
     arrays = {**results.rounds, **{f"clients/{key}": value for key, value in results.clients.items()}}
-    bits = {key: value.tobytes() for key, value in arrays.items() if key.split("/")[-1] not in NOT_COMPARED}
-    files = sorted(file for file in out.rglob("*") if file.suffix in (".safetensors", ".json"))
-    return bits, {str(file.relative_to(out)): file.read_bytes() for file in files}
+    found = {key: value.tobytes() for key, value in arrays.items() if key.split("/")[-1] not in NOT_COMPARED}
+    for file in sorted(out.rglob("*.*")):
+        name = str(file.relative_to(out))
+        if file.suffix == ".safetensors":
+            found |= {f"{name}:{key}": value.numpy().tobytes() for key, value in load_file(file).items()}
+        elif file.suffix == ".json":
+            found[name] = file.read_bytes()
+    return found
 
 
 def assert_same_bits(folder, name, settings, comm):
@@ -51,11 +58,9 @@ def assert_same_bits(folder, name, settings, comm):
 
     out = federate(folder, name, settings, comm)
     if comm.rank == 0 and comm.size > 1:
-        bits, files = contents(out)
-        wanted_bits, wanted_files = contents(federate(folder, name, settings, MPI.COMM_SELF))
-        assert [key for key in bits if bits[key] != wanted_bits[key]] == []
-        assert files.keys() == wanted_files.keys()
-        assert [key for key in files if files[key] != wanted_files[key]] == []
+        found, wanted = contents(out), contents(federate(folder, name, settings, MPI.COMM_SELF))
+        assert found.keys() == wanted.keys()
+        assert [key for key in found if found[key] != wanted[key]] == []
 
 
 def values_of(hidden=32, inner=64, num_layers=2, num_labels=3):

@@ -204,3 +204,65 @@ def make_plan(model: Any, lora_ranks: int | Sequence[int] = 4, **fields: Any) ->
         "workers": (0,),
     }
     return RoundPlan(**{**plan, "lora_ranks": ranks, **fields})
+
+
+def random_values(num_values: int, seed: int = 0, scale: float = 0.2) -> Any:
+    """Return normal numbers (num_values,) float32, from a seed of their own."""
+    import torch
+
+    return torch.randn(num_values, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def make_batch() -> dict[str, Any]:
+    """Return three padded texts as the tiny model takes them."""
+    import torch
+
+    ids = [[2, 9, 30, 44, 3], [2, 70, 8, 3, 0], [2, 120, 3, 0, 0]]
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor([[int(i > 0) for i in row] for row in ids]),
+    }
+
+
+def bound_logits(model: Any, plan: Any, flat: Any, client_id: int | None = None) -> Any:
+    """Return a federated model's logits of `make_batch` with some values in it."""
+    import torch
+
+    model.bind(plan, flat, client_id=client_id)
+    model.train(False)
+    with torch.no_grad():
+        return model(make_batch())
+
+
+def plain_logits(module: Any) -> Any:
+    """Return a transformers or PEFT model's logits of `make_batch`."""
+    import torch
+
+    with torch.no_grad():
+        return module.eval()(**make_batch()).logits
+
+
+def frozen_message(model: Any, plan: Any, seed: int = 0) -> tuple[Any, list[Any], list[Any]]:
+    """Return a random message, and the un-cut adapter that it came from: joined factors, and the head."""
+    message = random_values(plan.message_values(model.shapes), seed)
+    parts, layout = plan.split(model.shapes, message), plan.layout(model.shapes)
+    kept = model.shapes.frozen(plan.frozen_ranks).factors(parts.frozen)
+    pairs = zip(layout.factors(parts.state), kept, strict=True)
+    return message, [join(*pair) for pair in pairs], layout.whole_tensors(parts.state)
+
+
+def join(*parts: Any) -> Any:
+    """Return factors whose product is the sum of the parts' products."""
+    import torch
+
+    from mpifedlora.core.layout import Factors
+
+    return Factors(torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1))
+
+
+def flatten(factors: Sequence[Any], head: Sequence[Any]) -> Any:
+    """Return factors and head as one flat tensor."""
+    import torch
+
+    parts = [part for pair in factors for part in pair] + list(head)
+    return torch.cat([part.reshape(-1) for part in parts])

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpifedlora.core.aggregation import ModuleSum, frobenius_weights, normalise, weighted_mean
 from mpifedlora.core.layout import AdapterLayout, Factors, ModelShapes, copy_common
 from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.robust import combine_products
+from mpifedlora.core.robust import Combiner, combine_products
 from mpifedlora.core.screening import Contribution
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import ClientUpdate
@@ -104,13 +104,16 @@ class Combination:
         layout = self.plan.layout(self.shapes)
         clients = [part.factors for part in used] or [layout.factors(self.state)]
         means = layout.factors(values) if self.is_mean else [None] * len(layout.modules)
+        combiner = self.switches.flat_update.combiner if used else weighted_mean  # the state is no cohort
         return [
-            self._sum(module, list(weights) or [1.0], mean)
+            self._sum(module, list(weights) or [1.0], mean, combiner)
             for module, mean in zip(zip(*clients, strict=True), means, strict=True)
         ]
 
-    def _sum(self, clients: Sequence[Factors], weights: Sequence[float], mean: Factors | None) -> ModuleSum:
-        combiner, dense = self.switches.flat_update.combiner, None
+    def _sum(
+        self, clients: Sequence[Factors], weights: Sequence[float], mean: Factors | None, combiner: Combiner
+    ) -> ModuleSum:
+        dense = None
         if mean is None and combiner is not weighted_mean and self.switches.aggregator.active == "svd":
             dense = combine_products(clients, weights, combiner)
         return ModuleSum(clients, weights, self.switches.aggregator, mean, dense)

@@ -274,7 +274,9 @@ class Coordinator:
         """Make the next plan and message; `flat` is the state in the present layout, its head up to date."""
         before = self.next_plan.layout(self.shapes)
         frozen = [part.frozen for part in aggregates]
-        forms = tuple(map(frozen_form, self.shapes.modules, frozen)) if frozen else self._no_ranks
+        forms = tuple(part.lora_rank for part in frozen) or self._no_ranks
+        if self.switches.aggregator.folds:
+            forms = tuple(map(frozen_form, self.shapes.modules, frozen)) or self._no_ranks
         plan = self._plan(self.next_plan.round_num + 1, ranks, forms)
         sends_parts = self.next_plan.shared_layout(self.shapes).parts if ranks == before.lora_ranks else "ab"
         if self.switches.aggregator.active == "restart":

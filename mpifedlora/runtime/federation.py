@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from mpifedlora.io.output_folder import (
 from mpifedlora.io.results import ResultsWriter
 from mpifedlora.io.results_schema import RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
+from mpifedlora.runtime.announcement import first_lines
 from mpifedlora.runtime.method import build_switches, expected_cohort, has_private_noise
 from mpifedlora.runtime.progress import Progress, summarise
 from mpifedlora.runtime.server import Server
@@ -71,7 +72,8 @@ def conduct(
     writer = ResultsWriter(out / RESULTS_FILE, info)
     with Progress(config.federation.num_rounds) as progress:
         server = _server(config, replica, transport, progress)
-        progress.start(_first_lines(resolved, replica, info, out))
+        num_parameters = replica.model.shapes.full().num_values
+        progress.start(first_lines(resolved, info, num_parameters, out))
         saver = _Saver(progress)
         saver.attempt(writer.write)
         try:
@@ -205,53 +207,3 @@ def _run_info(
 def _is_reproducible(config: RunConfig, statuses: Sequence[Status]) -> bool:
     are_alike = len({status.device for status in statuses}) == 1
     return config.federation.reproducible and are_alike and not has_private_noise(config)
-
-
-def _first_lines(resolved: ResolvedRun, replica: Replica, info: RunInfo, out: Path) -> Iterator[str]:
-    config, shapes = resolved.config, replica.model.shapes
-    federation, annealing = config.federation, config.annealing
-    yield (
-        f"mpifedlora {info.package_version}: {info.method} on {info.dataset} with {info.model}, "
-        f"{shapes.full().num_values / 1e6:.1f} M parameters, {len(shapes.modules)} adapted layers"
-    )
-    yield (
-        f"{federation.num_clients} clients on {info.num_workers} workers ({_devices(info.devices)}), "
-        f"{federation.num_rounds} rounds, seed {federation.seed}, {info.mpi_library}"
-    )
-    if config.training.scope == "adapter":
-        yield (
-            f"rank {config.lora.rank_max} to {_last_rank(config)} ({annealing.schedule}, {annealing.cut}), "
-            f"{config.aggregation.kind} aggregation, initiating {config.initiating.rounds} rounds "
-            f"({config.initiating.scope})"
-        )
-    if resolved.ignored_keys:
-        keys = ", ".join(resolved.ignored_keys)
-        yield f"note: method {info.method} sets {keys}; what the run file says of them is ignored"
-    without = [client for client, part in enumerate(replica.data.parts) if not len(part)]
-    if without:
-        yield f"note: {len(without)} clients have no examples and never take part: {_listed(without)}"
-    if federation.reproducible and not info.reproducible:
-        yield (
-            "note: devices or threads differ between processes, so other numbers of workers may give other "
-            "bits; set training.threads and training.device to make them equal"
-        )
-    if info.num_workers > federation.num_clients:
-        yield (
-            f"note: {info.num_workers} workers for {federation.num_clients} clients: "
-            f"{info.num_workers - federation.num_clients} of them have nothing to train"
-        )
-    yield f"results in {free_name(out)}"
-
-
-def _last_rank(config: RunConfig) -> int:
-    return config.lora.rank_max if config.annealing.schedule == "constant" else config.lora.rank_min
-
-
-def _devices(devices: Sequence[str]) -> str:
-    kinds = " or ".join(sorted(set(devices[1:])))
-    return kinds if set(devices) == set(devices[1:]) else f"{kinds}; server {devices[0]}"
-
-
-def _listed(clients: Sequence[int]) -> str:
-    shown = ", ".join(str(client) for client in clients[:10])
-    return shown if len(clients) <= 10 else f"{shown}, ..."

@@ -6,9 +6,10 @@ clients train by adding noise. So all that the coordinator sends can be compared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Case:
     Args:
         initiating: scope of the first two rounds; empty where there is no such stage.
         optimizer: kind of the server's; its constants are in `server_optimizer`.
-        noise: standard deviation and expected cohort.
+        noise: clipping norm, noise multiplier and expected cohort.
         probability: of taking part, for Poisson sampling.
     """
 
@@ -70,10 +71,11 @@ class Case:
     probability: float | None = None
     weights: str = "examples"
     keeps_b: bool = False
+    keeps_head: bool = False
     has_variates: bool = False
     client_ranks: tuple[int, ...] = ()
     optimizer: ServerOptimizer | None = None
-    noise: tuple[float, float] | None = None
+    noise: tuple[float, float, float] | None = None
     robust: str = ""
     norm_bound: float | None = None
     is_spectral: bool = False
@@ -117,6 +119,7 @@ class Case:
             initiating_scope=self.initiating,
             scope=self.scope,
             keeps_b=self.keeps_b,
+            keeps_head=self.keeps_head,
             has_variates=self.has_variates,
             num_eligible=len(ELIGIBLE),
             client_ranks=self.client_ranks,
@@ -202,7 +205,7 @@ class PlayedWorker:
             sides = plan.segments(SHAPES).maps.whole_tensors(parts.maps.double())
             before = SHAPES.adapter(plan.mapped_ranks)
             maps = list(zip(sides[::2], sides[1::2], strict=True))
-            self.cuts.append(Cut(plan.round_num, before, SHAPES.adapter(plan.lora_ranks), maps))
+            self.cuts = [*self.cuts, Cut(plan.round_num, before, SHAPES.adapter(plan.lora_ranks), maps)]
         self.state = self._received(parts.state) if plan.sends_state else initial_state(self.seed, plan)
         self.models = {}
 
@@ -228,8 +231,13 @@ class PlayedWorker:
                 held.a.copy_(got.a)
             if "b" in plan.sends_parts:
                 held.b.copy_(got.b)
-        layout.whole_values(state).copy_(source.whole_values(sent))
+        if source.whole:
+            layout.whole_values(state).copy_(source.whole_values(sent))
         return state
+
+    def twin(self) -> PlayedWorker:
+        """A worker that has received the same, and goes its own way from here."""
+        return copy(self)
 
     def recall(self, plan: RoundPlan, client_id: int) -> Tensor | None:
         """What a client has kept, of the version that the plan names."""
@@ -245,12 +253,13 @@ class PlayedWorker:
             mine.a.copy_(held.a[: mine.a.shape[0]])
             mine.b.copy_(held.b[:, : mine.b.shape[1]])
         own.whole_values(flat).copy_(layout.whole_values(self.state))
-        if plan.keeps_b:
-            kept = self.recall(plan, client_id)
+        kept = self.recall(plan, client_id) if plan.keeps_b else None
+        if kept is not None:
             personal = SHAPES.adapter(plan.lora_ranks, "b")
-            kept = torch.zeros(personal.num_values) if kept is None else kept
-            for mine, held in zip(own.factors(flat), personal.factors(kept), strict=False):
+            for mine, held in zip(own.factors(flat), personal.factors(kept), strict=True):
                 mine.b.copy_(held.b)
+            if plan.keeps_head:
+                own.whole_values(flat).copy_(kept[personal.factor_values :])
         return flat
 
     def train(self, client_id: int) -> ClientUpdate:
@@ -260,9 +269,13 @@ class PlayedWorker:
         values = trained
         if plan.keeps_b:
             layout = plan.trained_layout(SHAPES, client_id)
-            pairs, head = layout.factors(trained), layout.whole_values(trained)
-            values = torch.cat([*(pair.a.reshape(-1) for pair in pairs), head])
-            self.memory[client_id, plan.round_num] = torch.cat([pair.b.reshape(-1) for pair in pairs])
+            a, b = (
+                torch.cat(one)
+                for one in zip(*(map(torch.flatten, pair) for pair in layout.factors(trained)), strict=True)
+            )
+            head = layout.whole_values(trained)
+            values, kept = (a, torch.cat([b, head])) if plan.keeps_head else (torch.cat([a, head]), b)
+            self.memory[client_id, plan.round_num] = kept
         if plan.has_variates:
             values = torch.cat([values, self._change_of_variate(client_id, flat - trained)])
         loss = 1.0 + client_id
@@ -277,7 +290,7 @@ class PlayedWorker:
         return change
 
     def kept_variate(self, plan: RoundPlan, client_id: int) -> Tensor:
-        """A client's control variate, taken through the cuts since it was kept: c_A' = b^T c_A, c_B' = c_B a^T."""
+        """A client's control variate, taken through the cuts since then: c_A' = b^T c_A, c_B' = c_B a^T."""
         variate = self.recall(plan, client_id)
         if variate is None:
             return torch.zeros(plan.shared_layout(SHAPES).num_values, dtype=torch.float64)
@@ -314,46 +327,50 @@ class PlayedWorker:
         return torch.cat([add_products(self.body, factors), whole.double()])
 
 
-def exported_model(coordinator: Coordinator, worker: PlayedWorker) -> Tensor:
-    """What a run leaves behind, as one flat model; folded directions are only in the replica's weights."""
-    changed = [tensor.reshape(-1).double() for tensor in coordinator.base_weights().values()]
-    if coordinator.next_plan.scope == "full":
-        return torch.cat(changed)
-    body = torch.cat(changed) if changed else initial_body(worker.seed)
-    if coordinator.switches.aggregator.folds:
-        body = worker.body
-    factors, head = coordinator.adapter()
-    return torch.cat([add_products(body, factors), *(tensor.reshape(-1).double() for tensor in head)])
-
-
-@dataclass
+@dataclass(frozen=True)
 class Played:
-    """One round: what went out, what came back, and what there was after it."""
+    """One round: what went out, what came back, and what there was after it.
 
-    plan: RoundPlan
-    body: Tensor  # what the clients' active factors were added to
-    state: Tensor  # what the clients started from
-    before: Tensor  # the model that they received
+    Args:
+        sent: the worker as it sent the updates.
+        updates: as they arrived.
+        report: of the round.
+        coordinator: after the round.
+        got: the worker after it has received what the round has made.
+        message: that it has received.
+        exported: what a run would leave behind now, as one flat model.
+    """
+
+    case: Case
+    sent: PlayedWorker
     updates: list[ClientUpdate]
-    models: Mapping[int, Tensor]  # trained, by client
-    starts: Mapping[int, Tensor]
     report: RoundReport
-    next_plan: RoundPlan
+    coordinator: Coordinator
+    got: PlayedWorker
     message: Tensor
-    held: Tensor  # the model that the workers hold after it
-    held_state: Tensor
-    server_state: Tensor
     exported: Tensor
-    joined_ranks: tuple[int, ...]
-    variate: Tensor | None  # the server's
-    sent_variate: Tensor
-    kept_variates: list[Tensor]  # of the eligible clients, carried to the next round
-    moments: Moments | None
-    cuts: list[Cut] = field(default_factory=list)
 
     @property
-    def used(self) -> tuple[ClientUpdate, ...]:
-        return self.report.participants
+    def plan(self) -> RoundPlan:
+        return self.sent.plan
+
+    @property
+    def next_plan(self) -> RoundPlan:
+        return self.got.plan
+
+    @cached_property
+    def before(self) -> Tensor:
+        """The model that the clients started from."""
+        return self.sent.model()
+
+    @cached_property
+    def held(self) -> Tensor:
+        """The model that the workers hold after the round."""
+        return self.got.model()
+
+    @property
+    def used(self) -> list[int]:
+        return [update.client_id for update in self.report.participants]
 
     @property
     def is_cut(self) -> bool:
@@ -364,13 +381,9 @@ Spoil = Callable[[int, list[ClientUpdate]], list[ClientUpdate]]
 Judge = Callable[[PlayedWorker, RoundPlan, Tensor], float]
 
 
-def unspoilt(round_num: int, updates: list[ClientUpdate]) -> list[ClientUpdate]:
-    return updates
-
-
 def play(
     case: Case,
-    spoil: Spoil = unspoilt,
+    spoil: Spoil = lambda round_num, updates: updates,
     judge: Judge | None = None,
     accuracy: Callable[[int], float] = lambda round_num: 0.0,
 ) -> list[Played]:
@@ -379,7 +392,7 @@ def play(
     Args:
         case: its switches.
         spoil: may change a round's updates on their way.
-        judge: gives the loss of a model, from a worker that has received all before it.
+        judge: gives the loss of a plan and message, from the worker before it.
         accuracy: of the model that comes in with a round.
     """
     coordinator, worker, history = case.coordinator(), PlayedWorker(case), []
@@ -387,69 +400,42 @@ def play(
     for round_num in range(1, NUM_ROUNDS + 1):
         if round_num > 1:
             coordinator.note(accuracy(round_num))
-        history.append(_play_round(coordinator, worker, spoil, judge))
+        updates = spoil(round_num, [worker.train(client_id) for client_id in worker.plan.cohort])
+        sent = worker.twin()
+        report = coordinator.finish(updates, None if judge is None else partial(judge, sent))
+        worker.receive(coordinator.plan(), coordinator.message)
+        after, message = _snapshot(coordinator), coordinator.message.clone()
+        exported = exported_model(coordinator, worker)
+        history.append(Played(case, sent, updates, report, after, worker.twin(), message, exported))
     return history
 
 
-def _play_round(coordinator: Coordinator, worker: PlayedWorker, spoil: Spoil, judge: Judge | None) -> Played:
-    plan, body, state, before = worker.plan, worker.body.clone(), worker.state.clone(), worker.model()
-    starts = {client_id: worker.start(client_id) for client_id in plan.cohort}
-    updates = spoil(plan.round_num, [worker.train(client_id) for client_id in plan.cohort])
-    models = worker.models
-    report = coordinator.finish(updates, None if judge is None else partial(judge, worker))
-    worker.receive(coordinator.plan(), coordinator.message)
-    moments = coordinator.switches.flat_update.moments
-    has_variates, has_factors = coordinator.variate is not None, worker.plan.scope != "full"
-    return Played(
-        plan=plan,
-        body=body,
-        state=state,
-        before=before,
-        updates=updates,
-        models=models,
-        starts=starts,
-        report=report,
-        next_plan=worker.plan,
-        message=coordinator.message.clone(),
-        held=worker.model(),
-        held_state=worker.state.clone(),
-        server_state=coordinator.state.clone(),
-        exported=exported_model(coordinator, worker),
-        joined_ranks=tuple(part.lora_rank for part in coordinator.adapter()[0]) if has_factors else (),
-        variate=coordinator.variate.clone() if coordinator.variate is not None else None,
-        sent_variate=worker.variate,
-        kept_variates=[worker.kept_variate(worker.plan, client) for client in ELIGIBLE] * has_variates,
-        moments=None if moments is None else Moments(moments.first.clone(), moments.second.clone()),
-        cuts=list(worker.cuts),
-    )
+def _snapshot(coordinator: Coordinator) -> Coordinator:
+    """A copy without what later rounds change in place."""
+    after, update = copy(coordinator), copy(coordinator.switches.flat_update)
+    after.frozen = [list(kept) for kept in after.frozen]
+    after.variate = None if after.variate is None else after.variate.clone()
+    if update.moments is not None:
+        update.moments = Moments(update.moments.first.clone(), update.moments.second.clone())
+    after.switches = replace(after.switches, flat_update=update)
+    return after
+
+
+def exported_model(coordinator: Coordinator, worker: PlayedWorker) -> Tensor:
+    """What a run leaves behind; folded directions are in the weights of the server's own model only."""
+    changed = [tensor.reshape(-1).double() for tensor in coordinator.base_weights().values()]
+    if coordinator.next_plan.scope == "full":
+        return torch.cat(changed)
+    body = torch.cat(changed) if changed else initial_body(worker.seed)
+    if coordinator.switches.aggregator.folds:
+        body = worker.body
+    factors, head = coordinator.adapter()
+    return torch.cat([add_products(body, factors), *(tensor.reshape(-1).double() for tensor in head)])
 
 
 @cache
 def federation(case: Case) -> list[Played]:
     return play(case)
-
-
-# What spoils updates.
-
-
-def not_finite(update: ClientUpdate) -> ClientUpdate:
-    return replace(update, values=update.values * torch.nan, is_finite=False, train_loss=torch.nan)
-
-
-def with_bad_client(client_id: int) -> Spoil:
-    return lambda _, updates: [
-        not_finite(update) if update.client_id == client_id else update for update in updates
-    ]
-
-
-def without_client(client_id: int) -> Spoil:
-    return lambda _, updates: [update for update in updates if update.client_id != client_id]
-
-
-def nobody_in(*rounds: int) -> Spoil:
-    return lambda round_num, updates: [
-        not_finite(update) if round_num in rounds else update for update in updates
-    ]
 
 
 # Exact arithmetic on whole models.
@@ -460,29 +446,31 @@ def distance(one: Tensor, other: Tensor, origin: Tensor | float = 0.0) -> float:
     return float((one - other).norm() / (other - origin).norm())
 
 
-def client_weights(case: Case, played: Played) -> Tensor:
-    """The clients' weights, of sum 1, from the dense models."""
-    weights = {
-        "examples": lambda: [float(update.num_examples) for update in played.used],
-        "equal": lambda: [1.0 for _ in played.used],
-        "frobenius": lambda: [
-            float((played.models[update.client_id][:NUM_BODY] - played.body).norm()) for update in played.used
-        ],
-    }[case.weights]()
+def client_weights(played: Played) -> Tensor:
+    """The used clients' weights, of sum 1."""
+    kind, sent = played.case.weights, played.sent
+    weights = [
+        {
+            "examples": 10.0 + client_id,
+            "equal": 1.0,
+            "frobenius": float((sent.models[client_id][:NUM_BODY] - sent.body).norm()),
+        }[kind]
+        for client_id in played.used
+    ]
     return torch.tensor(weights, dtype=torch.float64) / sum(weights)
 
 
-def mean_model(case: Case, played: Played) -> Tensor:
+def mean_model(played: Played) -> Tensor:
     """The exact mean of the used clients' whole models; without any, the model that they received."""
     if not played.used:
         return played.before
-    models = torch.stack([played.models[update.client_id] for update in played.used])
-    return (client_weights(case, played)[:, None] * models).sum(0)
+    models = torch.stack([played.sent.models[client_id] for client_id in played.used])
+    return client_weights(played) @ models
 
 
-def products(model: Tensor, body: Tensor) -> list[Tensor]:
-    """What a model adds to a body, by module: b @ a."""
-    return [matrix / SCALING for matrix in matrices(model[:NUM_BODY] - body)]
+def products(played: Played, model: Tensor) -> list[Tensor]:
+    """What a model adds to the base weights of its round, by module: b @ a."""
+    return [matrix / SCALING for matrix in matrices(model[:NUM_BODY] - played.sent.body)]
 
 
 def tail_energy(matrix: Tensor, kept_rank: int) -> float:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpifedlora.core.cohort import assign_clients, choose_cohort
+from mpifedlora.core.cohort import assign_clients, choose_cohort, draw_poisson_cohort
 
 LAWS = settings(max_examples=25, deadline=None)
 SEEDS, ROUNDS = st.integers(0, 2**32 - 1), st.integers(1, 10_000)
@@ -48,6 +50,47 @@ def test_draws_are_even() -> None:
             num_drawn[client_id] += 1
     # Binomial(1000, 0.3): mean 300, standard deviation 14.5.
     assert all(abs(times - 300) < 5 * 14.5 for times in num_drawn)
+
+
+@LAWS
+@given(ELIGIBLE, st.floats(0, 1), SEEDS)
+def test_a_poisson_cohort_is_a_sorted_subset_without_doubles(
+    eligible: list[int], probability: float, seed: int
+) -> None:
+    cohort = draw_poisson_cohort(eligible, probability, np.random.default_rng(seed))
+    assert list(cohort) == sorted(set(cohort))
+    assert set(cohort) <= set(eligible)
+    assert all(type(client_id) is int for client_id in cohort)
+    assert draw_poisson_cohort(eligible, probability, np.random.default_rng(seed)) == cohort
+
+
+@LAWS
+@given(ELIGIBLE, SEEDS)
+def test_at_rate_0_nobody_takes_part_and_at_rate_1_everybody(eligible: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    assert draw_poisson_cohort(eligible, 0.0, generator) == ()
+    assert draw_poisson_cohort(eligible, 1.0, generator) == tuple(sorted(eligible))
+
+
+def test_nobody_is_drawn_of_nobody() -> None:
+    assert draw_poisson_cohort([], 0.5, np.random.default_rng(0)) == ()
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.3, 0.9])
+def test_each_client_takes_part_on_its_own_at_the_rate(probability: float) -> None:
+    num_rounds, eligible, generator = 4000, [11, 2, 7, 30, 5], np.random.default_rng(3)
+    cohorts = [draw_poisson_cohort(eligible, probability, generator) for _ in range(num_rounds)]
+    deviation = math.sqrt(probability * (1 - probability) * num_rounds)
+    for client_id in eligible:
+        times = sum(client_id in cohort for cohort in cohorts)
+        assert abs(times - probability * num_rounds) < 4.5 * deviation
+    # Independent: the size is Binomial(5, p), so its variance is 5 p (1 - p), and pairs meet at p^2.
+    sizes = np.array([len(cohort) for cohort in cohorts])
+    variance = len(eligible) * probability * (1 - probability)
+    assert abs(sizes.mean() - len(eligible) * probability) < 4.5 * math.sqrt(variance / num_rounds)
+    assert sizes.var() == pytest.approx(variance, rel=0.15)
+    pairs, meeting = sum({2, 30} <= set(cohort) for cohort in cohorts), probability**2
+    assert abs(pairs - meeting * num_rounds) < 4.5 * math.sqrt(meeting * (1 - meeting) * num_rounds)
 
 
 @LAWS

@@ -240,7 +240,7 @@ def test_the_server_steps_from_the_state_that_the_clients_received() -> None:
 
 
 def test_noise_reaches_all_that_is_sent_and_never_the_fixed_factor() -> None:
-    noise = GaussianNoise(1.0, 2.0, torch.Generator().manual_seed(0))
+    noise = GaussianNoise(100.0, 0.01, 2.0, torch.Generator().manual_seed(0))
     combination = combination_of(SMALL, STATE, (2,), scope="b", flat_update=FlatUpdate(noise=noise))
     for rows in ({}, {0: torch.arange(5.0)}):
         values = combination.next_values(used_of(combination, rows), [1.0] * len(rows))
@@ -370,19 +370,13 @@ def paper_weights(given_round: Round) -> Tensor:
     return numbers / numbers.sum()
 
 
-def padded(values: Tensor, shape: tuple[int, int]) -> Tensor:
-    whole = torch.zeros(shape).double()
-    whole[: values.shape[0], : values.shape[1]] = values
-    return whole
-
-
 def padded_mean(factors: Sequence[Factors], weights: Tensor, old: Factors) -> Factors:
     """HetLoRA: the means of the padded factors; directions beyond all clients are the old ones."""
-    a = sum(w * padded(one.a, old.a.shape) for w, one in zip(weights, factors, strict=True))  # type: ignore[arg-type]
-    b = sum(w * padded(one.b, old.b.shape) for w, one in zip(weights, factors, strict=True))  # type: ignore[arg-type]
-    assert isinstance(a, Tensor)
-    assert isinstance(b, Tensor)
-    trained = max(one.lora_rank for one in factors)
+    a, b = torch.zeros_like(old.a).double(), torch.zeros_like(old.b).double()
+    for weight, client in zip(weights, factors, strict=True):
+        a[: client.lora_rank] += weight * client.a
+        b[:, : client.lora_rank] += weight * client.b
+    trained = max(client.lora_rank for client in factors)
     return Factors(
         torch.cat([a[:trained], old.a[trained:]]), torch.cat([b[:, :trained], old.b[:, trained:]], 1)
     )

@@ -52,6 +52,7 @@ OTHERS: dict[str, Any] = {
     "sends_state": False,
     "sends_parts": "",
     "keeps_b": True,
+    "keeps_head": True,
     "has_variates": True,
     "evaluates": True,
     "stops": True,
@@ -78,6 +79,8 @@ def plans(draw: st.DrawFn, num_modules: int | None = None) -> RoundPlan:
 
     scope = draw(st.sampled_from(SCOPES))
     flags = {name: draw(st.booleans()) for name in FLAGS}
+    flags["keeps_b"] &= scope == "adapter"
+    flags["keeps_head"] &= flags["keeps_b"]
     return RoundPlan(
         round_num=draw(COUNTS),
         stage=draw(st.sampled_from(("initiating", "annealing"))),
@@ -92,7 +95,7 @@ def plans(draw: st.DrawFn, num_modules: int | None = None) -> RoundPlan:
         learning_rate=draw(FLOATS),
         mu=draw(FLOATS),
         temperature=draw(FLOATS),
-        **{**flags, "keeps_b": flags["keeps_b"] and scope == "adapter"},
+        **flags,
     )
 
 
@@ -219,8 +222,10 @@ def test_a_plan_for_another_model_is_refused(num_modules: int) -> None:
 def test_bytes_that_are_no_plan_are_refused() -> None:
     with pytest.raises(ProtocolError, match="a plan must be for 0 modules"):
         RoundPlan.unpack(np.zeros(plan_bytes(0, 0), np.uint8), 0)
-    # An update's header has the same magic number; a plan without modules would be read from it.
-    assert RoundPlan.unpack(replace(PLAN, lora_ranks=(), frozen_ranks=()).pack(), 0).workers == PLAN.workers
+    spoiled = PLAN.pack()
+    spoiled[0] += 1
+    with pytest.raises(ProtocolError, match="a plan must be for 2 modules"):
+        RoundPlan.unpack(spoiled, 2)
 
 
 # Who trains.
@@ -276,6 +281,16 @@ def test_b_that_stays_is_trained_but_not_shared() -> None:
     assert plan.personal_layout(SHAPES, 1).num_values == 4 * 5 + 3 * 3
 
 
+def test_a_head_that_stays_too_leaves_a_alone_to_be_shared() -> None:
+    plan = replace(PLAN, keeps_b=True, keeps_head=True)
+    assert plan.trained_layout(SHAPES, 0) == SHAPES.adapter((4, 3))
+    assert plan.shared_layout(SHAPES, 0) == AdapterLayout(SHAPES.modules, (4, 3), (), "a")
+    assert plan.personal_layout(SHAPES, 0) == SHAPES.adapter((4, 3), "b")
+    assert plan.row_values(SHAPES, 0) == 4 * 4 + 3 * 6
+    assert plan.segments(SHAPES).state == AdapterLayout(SHAPES.modules, (4, 3), (), "ab")
+    assert plan.layout(SHAPES) == SHAPES.adapter((4, 3))
+
+
 @LAWS
 @given(plans(num_modules=2).filter(lambda plan: bool(plan.workers)), st.data())
 def test_what_is_shared_and_what_stays_is_what_is_trained(plan: RoundPlan, data: st.DataObject) -> None:
@@ -324,7 +339,8 @@ def closed_form(plan: RoundPlan) -> Segments:
     if plan.scope == "full":
         variate = state = NUM_BODY + NUM_HEAD
     else:
-        variate, state = held[shared[plan.scope]] + NUM_HEAD, held[plan.sends_parts] + NUM_HEAD
+        head = NUM_HEAD * (not plan.keeps_head)
+        variate, state = held[shared[plan.scope]] + head, held[plan.sends_parts] + head
     return Segments(
         base=NUM_BODY * plan.sends_base,
         frozen=dense + factored,
@@ -353,12 +369,13 @@ def test_the_parts_of_a_message_are_a_disjoint_cover_in_closed_form(plan: RoundP
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_messages_have_their_closed_form_in_every_combination(scope: str) -> None:
-    for parts, flags in product(PARTS, product((False, True), repeat=4)):
-        named = dict(zip(("sends_base", "sends_state", "has_variates", "keeps_b"), flags, strict=True))
+    all_kept = [("keeps_b",), ("keeps_b", "keeps_head")] if scope == "adapter" else []
+    for parts, flags, kept in product(PARTS, product((False, True), repeat=3), [(), *all_kept]):
+        named = dict(zip(("sends_base", "sends_state", "has_variates"), flags, strict=True))
+        named |= dict.fromkeys(kept, True)
         plan = replace(PLAN, scope=scope, sends_parts=parts, frozen_ranks=(DENSE, 2), **named)
-        if scope == "adapter" or not plan.keeps_b:
-            assert_is_a_cover(plan)
-            assert_is_a_cover(replace(plan, lora_ranks=(2, 1), mapped_ranks=(4, 3)))
+        assert_is_a_cover(plan)
+        assert_is_a_cover(replace(plan, lora_ranks=(2, 1), mapped_ranks=(4, 3)))
 
 
 def test_a_hand_sized_message() -> None:

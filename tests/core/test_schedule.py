@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
 
 COOLING = ("linear", "cosine", "cubic", "exponential", "step")
+MEASURED = ("metropolis", "target")
 LAWS = settings(max_examples=25, deadline=None)
 
 
@@ -149,6 +151,29 @@ def test_round_one_is_never_cut() -> None:
 
 def test_budget_is_at_least_one() -> None:
     assert RankSchedule("linear", 3, 0, 1, 4, 0).budget(3) == 1
+
+
+@pytest.mark.parametrize("kind", [*COOLING, "constant", *MEASURED])
+def test_only_metropolis_and_target_follow_what_is_measured(kind: str) -> None:
+    assert RankSchedule(kind, 5, 0, 1, 16, 2).is_measured == (kind in MEASURED)
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+@LAWS
+@given(schedule=schedules(("linear",)))
+def test_measured_schedules_cool_linearly(kind: str, schedule: RankSchedule) -> None:
+    measured = replace(schedule, kind=kind)
+    rounds = range(1, schedule.num_rounds + 1)
+    assert [measured.temperature(t) for t in rounds] == [schedule.temperature(t) for t in rounds]
+    assert [measured.cooled(t) for t in rounds] == [schedule.cooled(t) for t in rounds]
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_hand_sized_temperatures_of_measured_schedules(kind: str) -> None:
+    # One round of initiating, one of heating, four of cooling, one held at 0.
+    schedule = RankSchedule(kind, 7, 1, 1, 16, 2, cooling_rounds=4)
+    assert [schedule.temperature(t) for t in range(1, 8)] == [1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert schedule.budget(1) == 16
 
 
 ROUNDS = st.integers(1, 40).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n)))

@@ -3,14 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import LABELS, build_model, make_plan
+from support import LABELS, build_model, make_plan, random_values
 from torch.nn import functional
 
 from mpifedlora.core.batches import batch_indices
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.io.datasets import read_dataset
 from mpifedlora.training.base import build_base
-from mpifedlora.training.local import LocalSettings, predict, train_client
+from mpifedlora.training.local import Drift, LocalSettings, predict, train_client
 from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
 SETTINGS = LocalSettings(
@@ -51,65 +51,96 @@ def model(tiny_model_folder):
 def start(model, plan, seed=0):
     """Let the model receive a state in which no factor is zero, and return a copy of it."""
     state = model.initial_state(plan)
-    state += torch.randn(state.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+    state += random_values(len(state), seed, 0.05)
     model.state = state
     return state.clone()
 
 
-def train(model, task, examples, settings, plan, client_id=0):
-    values = torch.full((model.state.numel(),), torch.nan)
-    return train_client(model, task, examples, settings, plan, client_id, values), values
+def train(model, task, examples, settings, plan, client_id=0, memory=None):
+    values = torch.full((plan.row_values(model.shapes, client_id),), torch.nan)
+    return train_client(model, task, examples, settings, plan, client_id, values, memory or {}), values
 
 
-def plain_model(folder, model, plan, state):
-    """The same model as separate parameters in the order of the flat state, and no LoRA layers.
+class Replay:
+    """The same model as separate parameters and no LoRA layers, trained by a loop of its own.
 
-    Under the adapter scope each adapted weight is computed from its factors: W + scaling * B @ A.
+    Under the adapter scopes each adapted weight is computed from its factors: W + scaling * B @ A.
+
+    Args:
+        folder: of the model.
+        model: with the received state.
+        plan: of the round.
+        lora_rank: of the client, whose factors are the leading directions of the state's.
+        personal: what the client has kept under `keeps_b`: B, and the head under `keeps_head`.
+        dtype: of all arithmetic.
     """
-    base = build_base(str(folder), num_labels=3, dropout=0.0).module
-    layout = plan.layout(model.shapes)
-    pairs = [part for factors in layout.factors(state) for part in factors]
-    parameters = [part.clone().requires_grad_() for part in pairs + layout.whole_tensors(state)]
-    fixed = {name: value.detach() for name, value in base.named_parameters()}
 
-    def forward(batch):
-        weights = dict(fixed)
-        for number, module in enumerate(layout.modules):
-            a, b = parameters[2 * number : 2 * number + 2]
-            weights[module.name + ".weight"] = fixed[module.name + ".weight"] + 2.0 * b @ a
-        whole = parameters[2 * len(layout.modules) :]
-        weights |= {shape.name: value for shape, value in zip(layout.whole, whole, strict=True)}
-        return torch.func.functional_call(base, weights, kwargs=batch).logits
+    def __init__(self, folder, model, plan, lora_rank=None, personal=None, dtype=torch.float32):
+        self.base = build_base(str(folder), num_labels=3, dropout=0.0).module.to(dtype)
+        self.fixed = {name: value.detach() for name, value in self.base.named_parameters()}
+        self.layout = plan.layout(model.shapes)
+        state = model.state.to(dtype)
+        self.a = [part.a[:lora_rank].clone() for part in self.layout.factors(state)]
+        self.b = [part.b[:, :lora_rank].clone() for part in self.layout.factors(state)]
+        self.whole = [tensor.clone() for tensor in self.layout.whole_tensors(state)]
+        if personal is not None:
+            self.b, rest = take(personal.to(dtype), self.b)
+            self.whole = take(rest, self.whole)[0] if plan.keeps_head else self.whole
+        pairs = [part for pair in zip(self.a, self.b, strict=True) for part in pair]
+        factors = {"a": self.a, "b": self.b}.get(plan.scope, pairs)
+        self.trained = [parameter.requires_grad_() for parameter in [*factors, *self.whole]]
+        shared = self.a if plan.keeps_b else factors
+        self.shared = [*shared, *([] if plan.keeps_head else self.whole)]
+        self.personal = [*self.b, *(self.whole if plan.keeps_head else [])] if plan.keeps_b else []
+        self.received = [parameter.detach().clone() for parameter in self.trained]
 
-    return parameters, forward
+    def __call__(self, batch):
+        weights = dict(self.fixed)
+        for module, a, b in zip(self.layout.modules, self.a, self.b, strict=True):
+            weights[module.name + ".weight"] = self.fixed[module.name + ".weight"] + 2.0 * b @ a
+        weights |= {shape.name: value for shape, value in zip(self.layout.whole, self.whole, strict=True)}
+        return torch.func.functional_call(self.base, weights, kwargs=batch).logits
+
+    def losses(self, task, examples, settings, round_num, client_id):
+        """Yield the loss of each batch, once the step on the last one has been taken."""
+        generator = numpy_generator(settings.seed, "batches", round_num, client_id)
+        for indices in batch_indices(
+            len(examples), settings.batch_size, settings.local_steps, settings.local_epochs, generator
+        ):
+            batch, labels = task.collate(examples, indices)
+            yield functional.cross_entropy(self(batch), labels)
+
+    def train(self, task, examples, settings, plan, client_id=0):
+        """Return mean loss and penalty."""
+        options = {"lr": plan.learning_rate, "weight_decay": settings.weight_decay}
+        if settings.optimizer == "sgd":
+            optimizer = torch.optim.SGD(self.trained, momentum=settings.momentum, **options)
+        else:
+            optimizer = torch.optim.AdamW(self.trained, **options)
+        losses, penalties = [], []
+        for loss in self.losses(task, examples, settings, plan.round_num, client_id):
+            pairs = zip(self.trained, self.received, strict=True)
+            penalty = plan.mu / 2 * sum(((new - old) ** 2).sum() for new, old in pairs)
+            optimizer.zero_grad()
+            (loss + penalty).backward()
+            if settings.grad_clip:
+                torch.nn.utils.clip_grad_norm_(self.trained, settings.grad_clip)
+            optimizer.step()
+            losses.append(loss.item())
+            penalties.append(penalty.item())
+        return np.mean(losses), np.mean(penalties)
 
 
-def plain_training(folder, model, task, examples, settings, plan, state):
-    parameters, forward = plain_model(folder, model, plan, state)
-    received = [parameter.detach().clone() for parameter in parameters]
-    options = {"lr": plan.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, momentum=settings.momentum, **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **options)
-    losses, penalties = [], []
-    generator = numpy_generator(settings.seed, "batches", plan.round_num, 0)
-    for indices in batch_indices(
-        len(examples), settings.batch_size, settings.local_steps, settings.local_epochs, generator
-    ):
-        batch, labels = task.collate(examples, indices)
-        loss = functional.cross_entropy(forward(batch), labels)
-        penalty = sum(((new - old) ** 2).sum() for new, old in zip(parameters, received, strict=True))
-        penalty = plan.mu / 2 * penalty
-        optimizer.zero_grad()
-        (loss + penalty).backward()
-        if settings.grad_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-        optimizer.step()
-        losses.append(loss.item())
-        penalties.append(penalty.item())
-    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-    return flat, np.mean(losses), np.mean(penalties)
+def take(flat, like):
+    """Cut a flat tensor into tensors of some shapes, and the rest."""
+    pieces = torch.split(
+        flat, [*(tensor.numel() for tensor in like), len(flat) - sum(map(torch.numel, like))]
+    )
+    return [piece.view(tensor.shape).clone() for piece, tensor in zip(pieces, like, strict=False)], pieces[-1]
+
+
+def flat_of(tensors):
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 @pytest.mark.parametrize("scope", ["adapter", "full"])
@@ -128,13 +159,226 @@ def test_training_equals_a_plain_loop(tiny_model_folder, model, task, examples, 
     plan = make_plan(model, 3, scope=scope, learning_rate=1e-3, mu=5.0)
     state = start(model, plan)
     result, values = train(model, task, examples, settings, plan)
-    expected, loss, penalty = plain_training(tiny_model_folder, model, task, examples, settings, plan, state)
-    assert (values - expected).abs().max() <= 1e-5
+    replay = Replay(tiny_model_folder, model, plan)
+    loss, penalty = replay.train(task, examples, settings, plan)
+    assert (values - flat_of(replay.shared)).abs().max() <= 1e-5
     assert (values - state).abs().max() >= 5e-4
     assert result.train_loss == pytest.approx(loss, rel=1e-4)
     assert result.penalty == pytest.approx(penalty, rel=1e-3)
     assert result.penalty > 0
     assert result.is_finite
+    assert result.memory == {}
+
+
+# what is trained, and what is sent
+
+
+PARTS = {
+    "b-only": {"scope": "b"},
+    "a-only": {"scope": "a"},
+    "lower-rank": {"client_ranks": (4, 2), "workers": (0, 0)},
+    "own-b": {"keeps_b": True},
+    "own-b-and-head": {"keeps_b": True, "keeps_head": True},
+}
+ROW_VALUES = {  # 12 linears of in + out = 64 (8 of them) and 96 (4), half of it A; a head of 99
+    "b-only": 3 * 448 + 99,
+    "a-only": 3 * 448 + 99,
+    "lower-rank": 2 * 896 + 99,
+    "own-b": 3 * 448 + 99,
+    "own-b-and-head": 3 * 448,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_training_a_part_equals_a_plain_loop(tiny_model_folder, model, task, examples, name):
+    plan = make_plan(model, 3, learning_rate=1e-3, mu=5.0, **PARTS[name])
+    state = start(model, plan)
+    num_personal = plan.personal_layout(model.shapes, 1).num_values
+    personal = random_values(num_personal, 1, 0.05) if plan.keeps_b else None
+    memory = {"personal": personal.clone()} if plan.keeps_b else {}
+    result, values = train(model, task, examples, SETTINGS, plan, 1, memory)
+    replay = Replay(tiny_model_folder, model, plan, 2 if name == "lower-rank" else 3, personal)
+    received = flat_of(replay.shared)
+    loss, penalty = replay.train(task, examples, SETTINGS, plan, client_id=1)
+    assert len(values) == ROW_VALUES[name]
+    assert (values - flat_of(replay.shared)).abs().max() <= 1e-5
+    assert (values - received).abs().max() >= 5e-4
+    assert result.train_loss == pytest.approx(loss, rel=1e-4)
+    assert result.penalty == pytest.approx(penalty, rel=1e-3)
+    assert result.is_finite
+    assert torch.equal(model.state, state)
+    assert set(result.memory) == ({"personal"} if plan.keeps_b else set())
+    if plan.keeps_b:
+        assert (result.memory["personal"] - flat_of(replay.personal)).abs().max() <= 1e-5
+        assert (result.memory["personal"] - personal).abs().max() >= 5e-4
+        assert torch.equal(memory["personal"], personal)
+
+
+@pytest.mark.parametrize(("scope", "fixed"), [("b", "A"), ("a", "B")])
+def test_a_fixed_factor_keeps_its_bits(model, task, examples, scope, fixed):
+    plan = make_plan(model, scope=scope, learning_rate=1e-2)
+    state = start(model, plan)
+    factors = plan.layout(model.shapes).factors(state)
+    train(model, task, examples, SETTINGS, plan)
+    for layer, part in zip(model._layers, factors, strict=True):
+        got = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+        wanted = {"A": part.a, "B": part.b}
+        assert torch.equal(got[fixed], wanted[fixed])
+        assert not torch.equal(got[scope.upper()], wanted[scope.upper()])
+    assert torch.equal(model.state, state)
+
+
+def test_a_client_goes_on_from_what_it_has_kept(model, task, examples):
+    plan = make_plan(model, keeps_b=True, learning_rate=1e-2)
+    start(model, plan)
+    first, row = train(model, task, examples, SETTINGS, plan)
+    again, same = train(
+        model, task, examples, SETTINGS, plan, memory={"personal": personal_start(model, plan)}
+    )
+    assert torch.equal(row, same)  # without a memory it starts with what is global
+    assert torch.equal(first.memory["personal"], again.memory["personal"])
+    later, other = train(model, task, examples, SETTINGS, plan, memory=first.memory)
+    assert not torch.equal(other, row)
+    assert not torch.equal(later.memory["personal"], first.memory["personal"])
+
+
+def personal_start(model, plan):
+    return flat_of([part.b for part in plan.layout(model.shapes).factors(model.state)])
+
+
+def test_a_b_that_blew_up_marks_the_update_though_it_is_not_sent(model, task, examples):
+    plan = make_plan(model, keeps_b=True, learning_rate=1e-30)
+    start(model, plan)
+    plan.layout(model.shapes).factors(model.state)[0].a[0] = 0  # what B is multiplied with
+    own = personal_start(model, plan)
+    own[0] = 1e16
+    result, values = train(model, task, examples, SGD, plan, memory={"personal": own})
+    assert values.abs().max() < 10
+    assert result.memory["personal"].isfinite().all()
+    assert not result.is_finite
+    own[0] = 1e14
+    assert train(model, task, examples, SGD, plan, memory={"personal": own})[0].is_finite
+
+
+# control variates
+
+
+VARIATES = {
+    "full": {"scope": "full"},
+    "adapter": {"scope": "adapter"},
+    "b-only": {"scope": "b"},
+}
+
+
+def scaffold_round(replay, task, examples, settings, plan, own, mean):
+    """SCAFFOLD, arXiv 1910.06378, algorithm 1, lines 10 to 12 with option II, in float64.
+
+    Returns:
+        y, and c_k+.
+    """
+    x = flat_of(replay.shared)
+    correction = take(mean - own, replay.trained)[0]
+    for loss in replay.losses(task, examples, settings, plan.round_num, 0):
+        grads = torch.autograd.grad(loss, replay.trained, allow_unused=True)  # a full model's unused tokens
+        with torch.no_grad():
+            for y, grad, term in zip(replay.trained, grads, correction, strict=True):
+                y -= plan.learning_rate * (term if grad is None else grad + term)
+    y = flat_of(replay.shared)
+    return y, own - mean + (x - y) / (settings.local_steps * plan.learning_rate)
+
+
+@pytest.mark.parametrize("name", VARIATES)
+def test_control_variates_are_those_of_scaffold(tiny_model_folder, model, task, few, name):
+    plan = make_plan(model, 2, learning_rate=0.02, has_variates=True, state_rounds=(3,), round_num=5)
+    plan = replace(plan, **VARIATES[name])
+    start(model, plan)
+    num_values = plan.trained_layout(model.shapes).num_values
+    own, mean = (random_values(num_values, seed, 0.1) for seed in (1, 2))
+    model.variate = mean.clone()
+    memory = {"variate": own.clone()}
+    result, values = train(model, task, few, SGD, plan, memory=memory)
+    replay = Replay(tiny_model_folder, model, plan, 2, dtype=torch.float64)
+    y, new = scaffold_round(replay, task, few, SGD, plan, own.double(), mean.double())
+    assert len(values) == 2 * num_values
+    assert (values[:num_values] - y).abs().max() <= 1e-6
+    # A step of 0.02 times 3 turns roundings of y into some more of the variate.
+    assert (values[num_values:] - (new - own)).abs().max() <= 2e-5
+    assert (result.memory["variate"] - new).abs().max() <= 2e-5
+    assert (new - own).abs().max() > 0.1
+    assert set(result.memory) == {"variate"}
+    assert result.is_finite
+    assert torch.equal(memory["variate"], own)
+    assert torch.equal(model.variate, mean)
+
+
+@pytest.mark.parametrize("name", VARIATES)
+def test_without_variates_yet_the_first_round_is_plain_sgd(model, task, examples, name):
+    plan = make_plan(model, learning_rate=0.02, **VARIATES[name])
+    state = start(model, plan)
+    _, plain = train(model, task, examples, SGD, plan)
+    with_variates = replace(plan, has_variates=True, state_rounds=(0,))
+    result, values = train(model, task, examples, SGD, with_variates)
+    row, change = values[: len(plain)], values[len(plain) :]
+    assert torch.equal(row, plain)
+    # c_k+ is the mean gradient: x - y is learning rate times the sum of the steps' gradients.
+    x = model.start(plan, 0, {})
+    assert torch.allclose(change * 0.02 * SGD.local_steps, x - plain, atol=1e-7)
+    assert torch.equal(result.memory["variate"], change)
+    assert torch.equal(model.state, state)
+
+
+def test_equal_variates_of_client_and_server_correct_nothing(model, task, examples):
+    plan = make_plan(model, learning_rate=0.02, has_variates=True, state_rounds=(1,), round_num=2)
+    start(model, plan)
+    same = random_values(plan.shared_layout(model.shapes).num_values, 3, 0.1)
+    model.variate = same
+    _, values = train(model, task, examples, SGD, plan, memory={"variate": same.clone()})
+    _, plain = train(model, task, examples, SGD, replace(plan, has_variates=False))
+    assert torch.equal(values[: len(plain)], plain)
+
+
+def test_drift_by_hand():
+    # x - y is (0.5, -1); over 2 steps of 0.25 that is (1, -2); c_k is (4, 8) and c is (5, 6).
+    drift = Drift(own=torch.tensor([4.0, 8.0]), correction=torch.tensor([1.0, -2.0]))
+    x, y = torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0])
+    change = drift.finish(x, y, 2 * 0.25)
+    assert drift.own.tolist() == [0.0, 0.0]  # c_k - c + (1, -2)
+    assert change.tolist() == [-4.0, -8.0]
+    assert (x.tolist(), y.tolist()) == ([1.0, 1.0], [0.5, 2.0])
+
+
+# a bound on the update
+
+
+@pytest.mark.parametrize("fields", [{"scope": "b"}, {"scope": "full"}], ids=["b-only", "full"])
+def test_an_update_is_cut_to_the_bound_in_its_direction(model, task, examples, fields):
+    plan = make_plan(model, learning_rate=1e-2, **fields)
+    start(model, plan)
+    begun = model.start(plan, 0, {}).double()
+    _, free = train(model, task, examples, SETTINGS, plan)
+    norm = float((free - begun).norm())
+    for share in (0.5, 1e-2):
+        bound = share * norm
+        _, values = train(model, task, examples, replace(SETTINGS, clip_norm=bound), plan)
+        update = values.double() - begun
+        # The update is added to what was received: that rounds, and the server clips once more.
+        assert bound * (1 - 1e-5) < float(update.norm()) <= bound * (1 + 1e-6)
+        cosine = float((update * (free - begun)).sum() / update.norm() / norm)
+        assert cosine == pytest.approx(1, abs=1e-6)
+    _, values = train(model, task, examples, replace(SETTINGS, clip_norm=1.01 * norm), plan)
+    assert torch.allclose(values, free, rtol=2e-7, atol=2e-7)  # only rounded
+    assert not torch.equal(free, begun.float())
+
+
+def test_a_bound_keeps_what_is_not_finite_visible(model, task, examples):
+    plan = make_plan(model, scope="b", learning_rate=1e30)
+    start(model, plan)
+    result, values = train(model, task, examples, replace(SGD, clip_norm=0.5), plan)
+    assert not result.is_finite
+    assert not torch.isfinite(values).all()
+
+
+# laws of training
 
 
 def test_the_received_state_stays_as_it_was(model, task, examples):
@@ -178,8 +422,10 @@ def test_a_client_with_fewer_examples_than_a_batch_gives_all_of_them(model, tiny
     state = start(model, plan)
     result, values = train(model, task, few, SETTINGS, plan)
     assert result.num_steps == 5
-    expected, loss, _ = plain_training(tiny_model_folder, model, task, few, SETTINGS, plan, state)
-    assert (values - expected).abs().max() <= 1e-5
+    replay = Replay(tiny_model_folder, model, plan)
+    loss, _ = replay.train(task, few, SETTINGS, plan)
+    assert (values - flat_of(replay.shared)).abs().max() <= 1e-5
+    assert not torch.equal(values, state)
     assert result.train_loss == pytest.approx(loss, rel=1e-4)
 
 
@@ -272,10 +518,11 @@ def test_training_lowers_the_loss(model, task, examples, scope, learning_rate):
     plan = make_plan(model, scope=scope, learning_rate=learning_rate)
     model.state = model.initial_state(plan)
     batches = [np.arange(len(examples))]
-    before = predict(model, task, examples, batches, plan, "float32")
+    model.bind(plan, model.state)
+    before = predict(model, task, examples, batches, "float32")
     _, values = train(model, task, examples, replace(SETTINGS, local_steps=40, batch_size=8), plan)
-    model.state = values
-    after = predict(model, task, examples, batches, plan, "float32")
+    model.bind(plan, values)
+    after = predict(model, task, examples, batches, "float32")
     assert after[:, 0].mean() < 0.6 * before[:, 0].mean()
     correct = after[:, 1].numpy() == examples.labels
     assert correct.mean() > 0.6 > 1 / len(LABELS)
@@ -283,8 +530,8 @@ def test_training_lowers_the_loss(model, task, examples, scope, learning_rate):
 
 def test_predictions_come_in_the_order_of_the_batches(model, task, examples):
     plan = make_plan(model)
-    start(model, plan)
-    rows = predict(model, task, examples, [np.array([5, 3]), np.array([0])], plan, "float32")
-    single = [predict(model, task, examples, [np.array([index])], plan, "float32")[0] for index in (5, 3, 0)]
+    model.bind(plan, start(model, plan))
+    rows = predict(model, task, examples, [np.array([5, 3]), np.array([0])], "float32")
+    single = [predict(model, task, examples, [np.array([index])], "float32")[0] for index in (5, 3, 0)]
     assert torch.allclose(rows, torch.stack(single), atol=1e-4)
-    assert predict(model, task, examples, [], plan, "float32").shape == (0, 2)
+    assert predict(model, task, examples, [], "float32").shape == (0, 2)

@@ -1,31 +1,28 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from support import build_model, make_plan
+from peft import LoraConfig, get_peft_model
+from support import (
+    bound_logits,
+    build_model,
+    flatten,
+    frozen_message,
+    join,
+    make_batch,
+    make_plan,
+    plain_logits,
+    random_values,
+)
 from torch.nn import functional
 
-from mpifedlora.core.layout import Factors
+from mpifedlora.core.fresh import initial_adapter
+from mpifedlora.core.layout import DENSE, AdapterLayout, Factors
 from mpifedlora.errors import AdapterError
-from mpifedlora.io.adapter_files import write_adapter
 from mpifedlora.training.base import build_base
-from mpifedlora.training.models import find_linears
 
-LAYER = "encoder.encoder.layer.{}."
-ENDINGS = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
-BATCH = {
-    "input_ids": torch.tensor([[2, 9, 30, 44, 3], [2, 70, 8, 3, 0], [2, 120, 3, 0, 0]]),
-    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
-}
+BATCH = make_batch()
 LABELS = torch.tensor([0, 2, 1])
 
 
@@ -40,69 +37,7 @@ def model(tiny_model_folder):
 
 
 def random_state(layout, seed=0):
-    return torch.randn(layout.num_values, generator=torch.Generator().manual_seed(seed)) * 0.2
-
-
-def logits_of(model, plan, flat):
-    model.bind(plan, flat)
-    model.train(False)
-    with torch.no_grad():
-        return model(BATCH)
-
-
-def plain_logits(module):
-    with torch.no_grad():
-        return module.eval()(**BATCH).logits
-
-
-# find_linears
-
-
-def test_all_linear_finds_every_linear_layer_but_the_head(base):
-    found = find_linears(base.module, "all-linear", base.head_names)
-    assert list(found) == [LAYER.format(number) + ending for number in range(2) for ending in ENDINGS]
-    assert found[LAYER.format(1) + "output.dense"].weight.shape == (32, 64)
-
-
-def test_all_linear_without_exclusions_finds_the_head_too(base):
-    assert "classifier" in find_linears(base.module, "all-linear")
-
-
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (["value", "query"], ["0.attention.self.query", "0.attention.self.value"]),
-        (["output.dense"], ["0.attention.output.dense", "0.output.dense"]),
-        ([LAYER.format(0) + "attention.self.key"], ["0.attention.self.key"]),
-        (r".*layer\.0\..*\.(query|key)", ["0.attention.self.query", "0.attention.self.key"]),
-        (r"encoder\.encoder\.layer\.0\.intermediate\.dense", ["0.intermediate.dense"]),
-    ],
-)
-def test_targets_are_endings_full_names_or_a_regex(base, targets, expected):
-    found = find_linears(base.module, targets, base.head_names)
-    assert [name for name in found if ".layer.0." in name] == ["encoder.encoder.layer." + x for x in expected]
-
-
-@pytest.mark.parametrize("targets", [["uery"], ["classifier"], ["query", "embeddings"], "layer.0"])
-def test_a_target_that_matches_nothing_is_named(base, targets):
-    with pytest.raises(AdapterError, match="which matches none"):
-        find_linears(base.module, targets, base.head_names)
-
-
-@pytest.mark.parametrize("target", ["qeury", "attention.self.qury"])
-def test_the_nearest_name_is_offered(base, target):
-    with pytest.raises(AdapterError, match='did you mean "query"'):
-        find_linears(base.module, [target], base.head_names)
-
-
-def test_a_bare_name_is_no_regex_for_the_whole_name(base):
-    with pytest.raises(AdapterError, match=r'did you mean the list \["query"\]'):
-        find_linears(base.module, "query", base.head_names)
-
-
-def test_a_malformed_regex_is_an_adapter_error(base):
-    with pytest.raises(AdapterError, match="regular expression"):
-        find_linears(base.module, "*query", base.head_names)
+    return random_values(layout.num_values, seed)
 
 
 def test_modules_to_save_must_exist(tiny_model_folder):
@@ -192,10 +127,10 @@ def test_binding_moves_no_data(model):
     layout = plan.layout(model.shapes)
     first, second = random_state(layout, 1), random_state(layout, 2)
     before = first.clone()
-    logits = logits_of(model, plan, first)
-    assert not torch.equal(logits_of(model, plan, second), logits)
+    logits = bound_logits(model, plan, first)
+    assert not torch.equal(bound_logits(model, plan, second), logits)
     assert torch.equal(first, before)
-    assert torch.equal(logits_of(model, plan, first), logits)
+    assert torch.equal(bound_logits(model, plan, first), logits)
 
 
 @pytest.mark.parametrize("lora_ranks", [4, 2, 1, [1, 2, 3, 4] * 3])
@@ -204,13 +139,19 @@ def test_the_scaling_stays_alpha_over_rank_max_after_cuts(model, tiny_model_fold
     plan = make_plan(model, lora_ranks)
     layout = plan.layout(model.shapes)
     flat = random_state(layout)
-    base = build_base(str(tiny_model_folder), num_labels=3, dropout=0.0).module
+    expected = merged_logits(tiny_model_folder, model, layout.factors(flat), layout.whole_tensors(flat))
+    assert torch.allclose(bound_logits(model, plan, flat), expected, atol=1e-4)
+
+
+def merged_logits(folder, model, factors, head):
+    """The logits of the base model with 8 / 4 * B @ A added to its weights, without any LoRA layer."""
+    base = build_base(str(folder), num_labels=3, dropout=0.0).module
     with torch.no_grad():
-        for module, factors in zip(model.shapes.modules, layout.factors(flat), strict=True):
-            base.get_submodule(module.name).weight += 8.0 / 4 * factors.b @ factors.a
-        for parameter, value in zip(base.classifier.parameters(), layout.whole_tensors(flat), strict=True):
+        for module, part in zip(model.shapes.modules, factors, strict=True):
+            base.get_submodule(module.name).weight += 8.0 / 4 * part.b @ part.a
+        for parameter, value in zip(base.classifier.parameters(), head, strict=True):
             parameter.copy_(value)
-    assert torch.allclose(logits_of(model, plan, flat), plain_logits(base), atol=1e-4)
+    return plain_logits(base)
 
 
 def test_after_a_cut_a_step_changes_only_the_new_buffer(model):
@@ -237,32 +178,247 @@ def test_after_a_cut_a_step_changes_only_the_new_buffer(model):
     assert old_loss.grad_fn is not None
 
 
+# partial messages
+
+
+class Wire:
+    """A transport's buffer: each message overwrites the last one, and beside it all is nan."""
+
+    def __init__(self, model):
+        self.model = model
+        self.buffer = torch.empty(model.shapes.full().num_values)
+
+    def send(self, plan, seed):
+        """Let the model receive a random message; return what its state was."""
+        self.buffer.fill_(torch.nan)
+        message = self.buffer[: plan.message_values(self.model.shapes)]
+        message.copy_(random_values(len(message), seed))
+        layout = plan.segments(self.model.shapes).state
+        state = plan.split(self.model.shapes, message).state.clone()
+        self.model.receive(plan, message)
+        return layout.factors(state), layout.whole_tensors(state)
+
+
+def parts_of(model, plan):
+    layout = plan.layout(model.shapes)
+    return layout.factors(model.state), layout.whole_tensors(model.state)
+
+
+def assert_same(tensors, others):
+    assert all(torch.equal(*pair) for pair in zip(tensors, others, strict=True))
+
+
+def clones(factors, part):
+    return [getattr(pair, part).clone() for pair in factors]
+
+
+def clones_of_head(model, plan):
+    return [tensor.clone() for tensor in parts_of(model, plan)[1]]
+
+
+def first_round(model, scope, **fields):
+    """Receive round 1, which holds no state; return plan, A and B."""
+    plan = make_plan(model, scope=scope, **fields)
+    model.receive(plan, torch.empty(0))
+    factors = parts_of(model, plan)[0]
+    return plan, clones(factors, "a"), clones(factors, "b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent", "kept"),
+    [
+        ({"scope": "b"}, "b", "a"),
+        ({"scope": "adapter", "keeps_b": True}, "a", "b"),
+        ({"scope": "adapter", "keeps_b": True, "keeps_head": True}, "a", "b"),
+    ],
+    ids=["b-only", "own-b", "own-b-and-head"],
+)
+def test_what_is_never_sent_stays_as_drawn(model, fields, sent, kept):
+    plan, a, b = first_round(model, **fields)
+    first, wire, first_head = {"a": a, "b": b}, Wire(model), clones_of_head(model, plan)
+    for round_num in (2, 3, 4):
+        plan = replace(plan, round_num=round_num, sends_state=True, sends_parts=sent)
+        factors, head = wire.send(plan, seed=round_num)
+        wire.buffer.fill_(torch.nan)  # the state is the model's own: the next message may come
+        got, got_head = parts_of(model, plan)
+        assert_same(clones(got, sent), clones(factors, sent))
+        assert_same(clones(got, kept), first[kept])
+        assert_same(got_head, first_head if plan.keeps_head else head)
+    assert all(part.any() for part in first["a"])
+    assert not any(part.any() for part in first["b"])
+
+
+def test_alternating_messages_keep_the_other_factor(model):
+    plan, a, b = first_round(model, "b")
+    expected, wire = {"a": a, "b": b}, Wire(model)
+    for round_num in range(2, 7):
+        trained, sent = ("a", "b") if round_num % 2 == 0 else ("b", "a")
+        plan = replace(plan, round_num=round_num, scope=trained, sends_state=True, sends_parts=sent)
+        factors, head = wire.send(plan, seed=round_num)
+        expected[sent] = clones(factors, sent)
+        got, got_head = parts_of(model, plan)
+        assert_same(clones(got, "a"), expected["a"])
+        assert_same(clones(got, "b"), expected["b"])
+        assert_same(got_head, head)
+    assert not torch.equal(expected["a"][0], a[0])
+
+
+def test_a_whole_message_is_not_copied(model):
+    plan = make_plan(model, sends_state=True)
+    message = random_values(plan.message_values(model.shapes))
+    model.receive(plan, message)
+    assert model.state.data_ptr() == message.data_ptr()
+    assert model.start(plan, 0, {}).data_ptr() == message.data_ptr()
+
+
+def test_a_restart_draws_all_factors_anew(model):
+    plan, first, _ = first_round(model, "adapter")
+    wire, drawn = Wire(model), [first]
+    for round_num in (2, 3):
+        plan = replace(plan, round_num=round_num, sends_state=True, sends_parts="")
+        _, head = wire.send(plan, seed=round_num)
+        assert len(wire.buffer[~wire.buffer.isnan()]) == 3 * 32 + 3  # the head alone is sent
+        factors, got_head = parts_of(model, plan)
+        assert_same(got_head, head)
+        assert not any(part.b.any() for part in factors)
+        bounds = [part.a.shape[1] ** -0.5 for part in factors]
+        assert all(part.a.abs().max() <= most for part, most in zip(factors, bounds, strict=True))
+        drawn.append(clones(factors, "a"))
+    assert not any(torch.equal(*pair) for one in (0, 1) for pair in zip(drawn[one], drawn[2], strict=True))
+    other = make_plan(model, round_num=3)
+    assert_same(clones(other.layout(model.shapes).factors(model.initial_state(other)), "a"), drawn[2])
+
+
+# what a client starts from, and what it trains
+
+
+def test_a_client_of_a_lower_rank_starts_from_the_leading_directions(tiny_model_folder, model):
+    plan = make_plan(model, 3, client_ranks=(1, 2, 4), workers=(0, 0, 0), sends_state=True)
+    layout = plan.layout(model.shapes)
+    model.receive(plan, random_state(layout))
+    factors, head = parts_of(model, plan)
+    for client_id, lora_rank in ((0, 1), (1, 2), (2, 3)):
+        flat = model.start(plan, client_id, {})
+        leading = [Factors(part.a[:lora_rank], part.b[:, :lora_rank]) for part in factors]
+        assert torch.equal(flat, flatten(leading, head))
+        expected = merged_logits(tiny_model_folder, model, leading, head)
+        assert torch.allclose(bound_logits(model, plan, flat, client_id), expected, atol=1e-4)
+    assert model.start(plan, 2, {}).data_ptr() == model.state.data_ptr()
+    whole = merged_logits(tiny_model_folder, model, factors, head)
+    assert torch.allclose(bound_logits(model, plan, model.state), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("keeps_head", [False, True])
+def test_a_client_trains_the_shared_a_with_what_is_its_own(tiny_model_folder, model, keeps_head):
+    fields = {"keeps_b": True, "keeps_head": keeps_head, "workers": (0, 0)}
+    first_round(model, "adapter", **fields)
+    plan = make_plan(model, round_num=2, sends_state=True, sends_parts="a", **fields)
+    Wire(model).send(plan, seed=1)
+    factors, head = parts_of(model, plan)
+    num_b, num_head = 4 * sum(module.out_features for module in model.shapes.modules), 3 * 32 + 3
+    kept = random_values(num_b + num_head * keeps_head, 2)
+    own_b = AdapterLayout(model.shapes.modules, (4,) * 12, (), "b").factors(kept[:num_b])
+    own_head = [kept[num_b:-3].view(3, 32), kept[-3:]] if keeps_head else head
+    mine = [Factors(a, b) for (a, _), (_, b) in zip(factors, own_b, strict=True)]
+    flat = model.start(plan, 1, {"personal": kept})
+    assert torch.equal(flat, flatten(mine, own_head))
+    expected = merged_logits(tiny_model_folder, model, mine, own_head)
+    assert torch.allclose(bound_logits(model, plan, flat, 1), expected, atol=1e-4)
+    # Before its first round a client has no B: it is the base model with the shared head.
+    zero = [Factors(part.a, torch.zeros_like(part.b)) for part in factors]
+    assert torch.equal(model.start(plan, 0, {}), flatten(zero, head))
+
+
+@pytest.mark.parametrize(("scope", "held", "fixed"), [("b", ["b"], "a"), ("a", ["a"], "b")])
+def test_only_what_is_trained_gets_gradients(model, scope, held, fixed):
+    plan = make_plan(model, 3, scope=scope)
+    layout = plan.layout(model.shapes)
+    model.state = random_state(layout)
+    flat = model.start(plan, 0, {})
+    own = model.shapes.adapter([3] * 12, scope)
+    assert len(flat) == own.num_values < layout.num_values
+    grad = torch.zeros_like(flat)
+    model.bind(plan, flat, grad, client_id=0)
+    functional.cross_entropy(model(BATCH), LABELS).backward()
+    names = [name for name, value in model.peft_model.named_parameters() if value.requires_grad]
+    assert {name.split(".")[-3][-1].lower() for name in names if ".lora_" in name} == set(held)
+    assert len(names) == 12 + 2
+    assert {name for name, value in model.peft_model.named_parameters() if value.grad is not None} == set(
+        names
+    )
+    assert all(getattr(part, scope).any() for part in own.factors(grad))
+    # As whole model: the same gradients, and those of the fixed factor beside them.
+    both = torch.zeros_like(model.state)
+    model.bind(plan, model.state, both)
+    functional.cross_entropy(model(BATCH), LABELS).backward()
+    expected = [getattr(part, scope) for part in layout.factors(both)]
+    got = [getattr(part, scope) for part in own.factors(grad)]
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(got, expected, strict=True))
+    assert all(getattr(part, fixed).any() for part in layout.factors(both))
+
+
+def test_scopes_may_follow_each_other_in_any_order(model):
+    logits = {}
+    for scope in ("b", "a", "adapter", "a", "full", "b", "adapter", "full", "a"):
+        plan = make_plan(model, scope=scope)
+        # The whole model starts as it is: the adapters after it have the base that they had before.
+        is_full = scope == "full"
+        model.state = model.initial_state(plan) if is_full else random_state(plan.layout(model.shapes))
+        flat = model.start(plan, 0, {}).clone()
+        grad = torch.zeros_like(flat)
+        model.bind(plan, flat, grad, client_id=0)
+        model.train(False)
+        functional.cross_entropy(output := model(BATCH), LABELS).backward()
+        assert torch.count_nonzero(grad) > 0.8 * len(grad) or is_full  # of 200 tokens few are in the batch
+        before = logits.setdefault(scope, (output.detach(), grad))
+        assert torch.equal(output.detach(), before[0])
+        assert torch.equal(grad, before[1])
+    assert torch.equal(logits["a"][0], logits["b"][0])  # one state, whatever is trained
+    assert torch.equal(logits["a"][0], logits["adapter"][0])
+
+
+# control variates over cuts
+
+
+def test_kept_variates_go_through_every_later_cut(model):
+    def cut(round_num, before, after, seed):
+        plan = make_plan(
+            model,
+            after,
+            round_num=round_num,
+            mapped_ranks=(before,) * 12,
+            has_variates=True,
+            sends_state=True,
+        )
+        message = random_values(plan.message_values(model.shapes), seed)
+        model.receive(plan, message)
+        sides = plan.segments(model.shapes).maps.whole_tensors(plan.split(model.shapes, message).maps.clone())
+        message.fill_(torch.nan)  # the maps are kept, the buffer is not
+        return list(zip(sides[::2], sides[1::2], strict=True))
+
+    def through(layout, flat, maps):
+        """The chain rule: dL/dA' = b^T dL/dA, and dL/dB' = dL/dB a^T."""
+        pairs = zip(layout.factors(flat), maps, strict=True)
+        factors = [Factors(b.mT @ part.a, part.b @ a.mT) for part, (a, b) in pairs]
+        return flatten(factors, layout.whole_tensors(flat))
+
+    first, second = cut(3, 4, 3, seed=1), cut(5, 3, 1, seed=2)
+    assert [tuple(side.shape) for side in (*first[0], *second[0])] == [(3, 4), (4, 3), (1, 3), (3, 1)]
+    oldest = random_state(model.shapes.adapter([4] * 12))
+    between = through(model.shapes.adapter([4] * 12), oldest, first)
+    newest = through(model.shapes.adapter([3] * 12), between, second)
+    assert torch.allclose(model.carried(oldest, 2), newest, atol=1e-5)
+    assert torch.allclose(model.carried(between, 3), newest, atol=1e-5)  # of the round that the cut opened
+    assert torch.allclose(model.carried(between, 4), newest, atol=1e-5)
+    assert torch.equal(model.carried(newest, 5), newest)
+
+
 # freeze
-
-
-def frozen_message(model, plan, seed=0):
-    """A message with random frozen directions and state, and the un-cut adapter that it came from."""
-    message = torch.randn(plan.message_values(model.shapes), generator=torch.Generator().manual_seed(seed))
-    message *= 0.2
-    _, frozen, state = plan.split(model.shapes, message)
-    active = plan.layout(model.shapes).factors(state)
-    kept = model.shapes.directions(plan.frozen_ranks).factors(frozen)
-    joined = [join(*pair) for pair in zip(active, kept, strict=True)]
-    return message, joined, plan.layout(model.shapes).whole_tensors(state)
-
-
-def join(*parts):
-    return Factors(torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1))
-
-
-def flatten(factors, head):
-    parts = [part for pair in factors for part in pair] + list(head)
-    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def received_logits(model, plan, message):
     model.receive(plan, message)
-    return logits_of(model, plan, model.state)
+    return bound_logits(model, plan, model.state)
 
 
 MIXED_ACTIVE, MIXED_FROZEN = [1, 2, 3, 1] * 3, (3, 0, 1, 2) * 3
@@ -280,11 +436,11 @@ def test_freezing_keeps_the_logits_of_the_uncut_adapter(tiny_model_folder, kind,
     plan = frozen_plan(model, kind)
     message, joined, head = frozen_message(model, plan)
     whole = make_plan(uncut, [part.lora_rank for part in joined])
-    expected = logits_of(uncut, whole, flatten(joined, head))
+    expected = bound_logits(uncut, whole, flatten(joined, head))
     got = received_logits(model, plan, message)
     assert (got - expected).abs().max() <= tolerance
-    assert (logits_of(model, plan, model.state) - expected).abs().max() <= tolerance
-    base = logits_of(uncut, plan, model.state)
+    assert (bound_logits(model, plan, model.state) - expected).abs().max() <= tolerance
+    base = bound_logits(uncut, plan, model.state)
     assert (base - expected).abs().max() > 3 * tolerance  # the frozen directions matter
 
 
@@ -318,7 +474,7 @@ def test_frozen_directions_are_not_dropped_out(tiny_model_folder):
     model = build_model(tiny_model_folder, dtype="bfloat16", dropout=0.5)
     plan = frozen_plan(model, "uniform")
     message, _, _ = frozen_message(model, plan)
-    _, _, state = plan.split(model.shapes, message)
+    state = plan.split(model.shapes, message).state
     for factors in plan.layout(model.shapes).factors(state):
         factors.b.zero_()
     expected = received_logits(model, plan, message)
@@ -335,77 +491,66 @@ def test_freezing_twice_adds_up(tiny_model_folder, dtype, tolerance):
     message, _, _ = frozen_message(model, first)
     received_logits(model, first, message)
     later, joined, head = frozen_message(model, second, seed=1)
-    kept = model.shapes.directions(first.frozen_ranks).factors(first.split(model.shapes, message)[1])
+    kept = model.shapes.frozen(first.frozen_ranks).factors(first.split(model.shapes, message).frozen)
     both = [join(*pair) for pair in zip(joined, kept, strict=True)]
     got = received_logits(model, second, later)
-    expected = logits_of(uncut, make_plan(uncut, [part.lora_rank for part in both]), flatten(both, head))
+    expected = bound_logits(uncut, make_plan(uncut, [part.lora_rank for part in both]), flatten(both, head))
     assert (got - expected).abs().max() <= tolerance
 
 
-# export
+# what is added to the base weights
 
 
-def exported_logits(model, folder, factors, head, base):
-    settings, tensors = model.export(factors, head)
-    write_adapter(folder, settings, tensors)
-    return plain_logits(PeftModel.from_pretrained(base, folder))
+def test_whole_matrices_are_added_like_their_factors(tiny_model_folder):
+    whole, factored = (build_model(tiny_model_folder) for _ in range(2))
+    before = {name: value.clone() for name, value in whole.adapted_weights().items()}
+    ranks = (3, 0, 2, DENSE) * 3
+    dense_plan = make_plan(whole, 2, frozen_ranks=ranks, sends_state=True)
+    plan = replace(
+        dense_plan, frozen_ranks=tuple(5 if lora_rank == DENSE else lora_rank for lora_rank in ranks)
+    )
+    message = frozen_message(factored, plan)[0]
+    parts = plan.split(factored.shapes, message)
+    kept = factored.shapes.frozen(plan.frozen_ranks).factors(parts.frozen)
+    sent = torch.empty(dense_plan.message_values(whole.shapes))
+    target = dense_plan.split(whole.shapes, sent)
+    target.state.copy_(parts.state)
+    layout = whole.shapes.frozen(ranks)
+    for to, part, lora_rank in zip(layout.factors(target.frozen), kept, ranks, strict=True):
+        if lora_rank != DENSE:
+            to.a.copy_(part.a)
+            to.b.copy_(part.b)
+    products = [part.b @ part.a for part, lora_rank in zip(kept, ranks, strict=True) if lora_rank == DENSE]
+    for matrix, product in zip(layout.whole_tensors(target.frozen), products, strict=True):
+        matrix.copy_(product)
+    assert len(products) == 3
+    logits = received_logits(factored, plan, message)
+    assert (received_logits(whole, dense_plan, sent) - logits).abs().max() <= 1e-5
+    sent.fill_(torch.nan)
+    added = zip(before.items(), whole.adapted_weights().values(), kept, strict=True)
+    for (name, old), new, part in added:
+        assert torch.allclose(new, old + 8.0 / 4 * part.b @ part.a, atol=1e-5), name
+        assert torch.equal(new, old) == (part.lora_rank == 0)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "mixed"])
-@pytest.mark.parametrize("more", [[], ["encoder.embeddings.LayerNorm"]])
-def test_the_export_gives_the_federated_logits(tiny_model_folder, tmp_path, base, kind, more):
-    model = build_model(tiny_model_folder, modules_to_save=more)
-    plan = frozen_plan(model, kind)
-    message, joined, head = frozen_message(model, plan)
-    expected = received_logits(model, plan, message)
-    got = exported_logits(model, tmp_path, joined, head, copy.deepcopy(base.module))
-    assert (got - expected).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("lora_ranks", [[1] * 12, [3] + [1] * 11, [1, 2] * 6])
-def test_the_export_of_any_ranks_gives_the_federated_logits(model, tmp_path, base, lora_ranks):
-    plan = make_plan(model, lora_ranks)
-    layout = plan.layout(model.shapes)
-    flat = random_state(layout)
-    expected = logits_of(model, plan, flat)
-    factors, head = layout.factors(flat), layout.whole_tensors(flat)
-    got = exported_logits(model, tmp_path, factors, head, copy.deepcopy(base.module))
-    assert (got - expected).abs().max() <= 1e-5
-
-
-def test_the_export_of_a_bfloat16_model_gives_the_federated_logits(tiny_model_folder, tmp_path):
-    model = build_model(tiny_model_folder, dtype="bfloat16")
-    plan = frozen_plan(model, "mixed")
-    message, joined, head = frozen_message(model, plan)
-    expected = received_logits(model, plan, message)
-    base = build_base(str(tiny_model_folder), num_labels=3, dtype="bfloat16", dropout=0.0).module
-    got = exported_logits(model, tmp_path, joined, head, base)
-    assert (got - expected).abs().max() <= 0.3
-
-
-def test_the_export_names_ranks_and_alphas_that_differ(model, tmp_path):
-    layout = model.shapes.adapter([3, 1] + [3] * 10)
-    flat = random_state(layout)
-    settings, tensors = model.export(layout.factors(flat), layout.whole_tensors(flat))
-    odd = model.shapes.modules[1].name
-    assert (settings["r"], settings["lora_alpha"]) == (3, 6.0)
-    assert settings["rank_pattern"] == {odd: 1}
-    assert settings["alpha_pattern"] == {odd: 2.0}
-    assert settings["target_modules"] == sorted(module.name for module in model.shapes.modules)
-    write_adapter(tmp_path, settings, tensors)
-    stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(stored) == 12 * 2 + 2
-    assert torch.equal(flatten_named(stored, model), flat)
-
-
-def flatten_named(stored, model):
-    names = [
-        f"base_model.model.{module.name}.lora_{part}.weight"
-        for module in model.shapes.modules
-        for part in "AB"
+def test_a_stack_goes_into_the_base_round_after_round(tiny_model_folder, model):
+    """FLoRA: [w_1 B_1 ... w_K B_K] and [A_1; ...; A_K] are frozen, and the adapter starts anew."""
+    sums = [
+        Factors(torch.zeros(0, m.in_features), torch.zeros(m.out_features, 0)) for m in model.shapes.modules
     ]
-    names += [f"base_model.model.{shape.name}" for shape in model.shapes.head]
-    return torch.cat([stored[name].reshape(-1) for name in names])
+    for round_num in (2, 3):
+        clients = [model.shapes.adapter([lora_rank] * 12) for lora_rank in (2, 4)]
+        trained = [part.factors(random_state(part, 10 * round_num + i)) for i, part in enumerate(clients)]
+        weighted = [
+            join(Factors(one.a, 0.25 * one.b), Factors(two.a, 0.75 * two.b))
+            for one, two in zip(*trained, strict=True)
+        ]
+        sums = [join(*pair) for pair in zip(sums, weighted, strict=True)]
+        head = [random_values(96, round_num).view(3, 32), random_values(3, round_num)]
+        plan = make_plan(model, round_num=round_num, frozen_ranks=(6,) * 12, sends_state=True, sends_parts="")
+        logits = received_logits(model, plan, flatten(weighted, head))
+        assert torch.allclose(logits, merged_logits(tiny_model_folder, model, sums, head), atol=1e-4)
+    assert set(model.adapted_weights()) == {f"{module.name}.weight" for module in model.shapes.modules}
 
 
 # the whole model
@@ -446,19 +591,17 @@ def test_opening_the_adapter_stage_keeps_the_logits_of_the_aggregated_model(tiny
     full = make_plan(model, scope="full")
     flat = model.initial_state(full)
     flat += torch.randn(flat.shape, generator=torch.Generator().manual_seed(3)) * 0.02
-    expected = logits_of(model, full, flat)
-    plan = make_plan(model, round_num=2, sends_base=True, sends_state=True)
-    message = torch.zeros(plan.message_values(model.shapes))
-    base, _, state = plan.split(model.shapes, message)
-    base.copy_(flat[: base.numel()])
-    plan.layout(model.shapes).whole_values(state).copy_(flat[base.numel() :])
-    for factors in plan.layout(model.shapes).factors(state):
-        factors.a.normal_()
+    expected = bound_logits(model, full, flat)
+    plan = make_plan(model, round_num=2, sends_base=True, sends_state=True, sends_parts="")
+    message = flat.clone()  # every weight, and no factor: those are derived
+    assert plan.message_values(model.shapes) == len(message)
     assert (received_logits(model, plan, message) - expected).abs().max() <= 1e-5
     assert not any(parameter.requires_grad for parameter in model._body)
-    message.zero_()  # the base is the model's own
-    model.bind(plan, torch.zeros_like(state))
-    assert model._body[0].any()
+    head = flat[model.shapes.base().num_values :]
+    assert torch.equal(model.state, initial_adapter(model.shapes, (4,) * 12, head, 0, round_num=2))
+    assert all(part.a.any() for part in plan.layout(model.shapes).factors(model.state))
+    message.fill_(torch.nan)  # base and state are the model's own
+    assert (bound_logits(model, plan, model.state) - expected).abs().max() <= 1e-5
 
 
 # what every process derives alike
@@ -482,7 +625,7 @@ def test_the_adapter_starts_at_the_base_models_logits(model, base):
     state = model.initial_state(plan)
     factors = plan.layout(model.shapes).factors(state)
     assert all(not part.b.any() and 0 < part.a.abs().max() <= part.a.shape[1] ** -0.5 for part in factors)
-    assert torch.allclose(logits_of(model, plan, state), plain_logits(base.module), atol=1e-6)
+    assert torch.allclose(bound_logits(model, plan, state), plain_logits(base.module), atol=1e-6)
 
 
 def test_receiving_without_a_state_gives_the_initial_one(model):

@@ -1,0 +1,140 @@
+"""What a run says before its first round: who takes part, by which method, and on which data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mpifedlora.core.config import RunConfig
+from mpifedlora.core.method_config import ranks_of_clients
+from mpifedlora.io.output_folder import free_name
+from mpifedlora.io.results_schema import Ints, RunInfo
+from mpifedlora.io.run_file import ResolvedRun
+
+MAX_CLIENTS, MAX_LABELS, LABEL_WIDTH = 16, 10, 7
+_SCOPES = {
+    "full": "the whole model trained",
+    "adapter": "A and B trained",
+    "b-only": "B trained",
+    "alternating": "B and A trained in turn",
+}
+
+
+def first_lines(resolved: ResolvedRun, info: RunInfo, num_parameters: int, out: Path) -> Iterator[str]:
+    """Return the lines of a run's announcement.
+
+    Args:
+        resolved: the configuration.
+        info: what runs.
+        num_parameters: of the base model, head included.
+        out: folder for the results.
+    """
+    config, federation = resolved.config, resolved.config.federation
+    yield (
+        f"mpifedlora {info.package_version}: {info.method} on {info.dataset} with {info.model}, "
+        f"{num_parameters / 1e6:.1f} M parameters, {len(info.module_names)} adapted layers"
+    )
+    yield (
+        f"{federation.num_clients} clients on {info.num_workers} workers ({_devices(info.devices)}), "
+        f"{federation.num_rounds} rounds, seed {federation.seed}, {info.mpi_library}"
+    )
+    yield method_line(config)
+    yield from label_lines(info.label_table, info.label_names)
+    yield from _notes(resolved, info)
+    yield f"results in {free_name(out)}"
+
+
+def method_line(config: RunConfig) -> str:
+    """Return the method's switches in one line; those that do nothing are left out."""
+    aggregation = config.aggregation
+    parts = [_SCOPES[config.training.scope]]
+    if config.training.scope != "full":
+        parts += [_budget(config), f"{aggregation.kind} aggregation"]
+    if config.initiating.rounds:
+        parts.append(f"initiating {config.initiating.rounds} rounds ({config.initiating.scope})")
+    if aggregation.weights != "examples":
+        parts.append(f"{aggregation.weights} weights")
+    if config.training.personal != "none":
+        parts.append(f"{config.training.personal.replace('-', ' ')} kept by its client, own models measured")
+    if config.training.control_variates:
+        parts.append("control variates")
+    if config.server_optimizer.kind != "none":
+        parts.append(f"{config.server_optimizer.kind} on the server")
+    if aggregation.robust != "none":
+        parts.append(aggregation.robust)
+    if config.privacy.clip_norm is not None:
+        parts.append(
+            f"updates clipped to {config.privacy.clip_norm:g}, noise {config.privacy.noise_multiplier:g}"
+        )
+    return ", ".join(parts)
+
+
+def _budget(config: RunConfig) -> str:
+    annealing, lora = config.annealing, config.lora
+    if annealing.schedule == "constant":
+        text = f"rank {lora.rank_max}"
+    else:
+        text = f"rank {lora.rank_max} to {lora.rank_min} ({annealing.schedule}, {annealing.cut})"
+    ranks = ranks_of_clients(config)
+    return text if set(ranks) == {lora.rank_max} else f"{text}, clients' ranks {min(ranks)} to {max(ranks)}"
+
+
+def label_lines(table: Ints, names: Sequence[str]) -> Iterator[str]:
+    """Return the clients' label counts as a table; the most frequent labels, and the first clients.
+
+    Args:
+        table: (num_clients, num_labels).
+        names: of the labels.
+    """
+    by_size = np.argsort(-table.sum(axis=0), kind="stable")
+    shown = sorted(by_size[:MAX_LABELS].tolist())
+    others = sorted(by_size[MAX_LABELS:].tolist())
+    heads = [names[label][-LABEL_WIDTH:] for label in shown] + (["others"] if others else [])
+    yield "training examples of each client, by label:"
+    yield _cells("client", ["all", *heads])
+    for client_id, counts in enumerate(table[:MAX_CLIENTS].tolist()):
+        row = [sum(counts), *(counts[label] for label in shown)]
+        row += [sum(counts[label] for label in others)] if others else []
+        yield _cells(str(client_id), [str(count) for count in row])
+    if len(table) > MAX_CLIENTS:
+        yield f"... and {len(table) - MAX_CLIENTS} more clients (label_table in results.h5 has all)"
+
+
+def _cells(first: str, others: Sequence[str]) -> str:
+    return f"{first:>6} " + " ".join(f"{text:>{LABEL_WIDTH}}" for text in others)
+
+
+def _notes(resolved: ResolvedRun, info: RunInfo) -> Iterator[str]:
+    federation = resolved.config.federation
+    if resolved.ignored_keys:
+        keys = ", ".join(resolved.ignored_keys)
+        yield f"note: method {info.method} sets {keys}; what the run file says of them is ignored"
+    without = np.flatnonzero(info.label_table.sum(axis=1) == 0).tolist()
+    if without:
+        yield f"note: {len(without)} clients have no examples and never take part: {_listed(without)}"
+    if federation.reproducible and not info.reproducible and len(set(info.devices)) > 1:
+        yield (
+            "note: devices or threads differ between processes, so other numbers of workers may give other "
+            "bits; set training.threads and training.device to make them equal"
+        )
+    if info.is_private:
+        yield "note: noise and cohorts come from the system's entropy, so another run gives other numbers"
+    elif resolved.config.privacy.noise_multiplier:
+        yield "note: privacy.noise_seed is set, so the noise can be taken away: this run is not private"
+    if info.num_workers > federation.num_clients:
+        yield (
+            f"note: {info.num_workers} workers for {federation.num_clients} clients: "
+            f"{info.num_workers - federation.num_clients} of them have nothing to train"
+        )
+
+
+def _devices(devices: Sequence[str]) -> str:
+    kinds = " or ".join(sorted(set(devices[1:])))
+    return kinds if set(devices) == set(devices[1:]) else f"{kinds}; server {devices[0]}"
+
+
+def _listed(clients: Sequence[int]) -> str:
+    shown = ", ".join(str(client) for client in clients[:10])
+    return shown if len(clients) <= 10 else f"{shown}, ..."
