@@ -15,6 +15,7 @@ def command(as_json: bool) -> None:
 
     A method is a preset of the run file's keys ([federation] method). The keys that it sets win over the
     run file; its defaults apply where the run file is silent; `custom` leaves every switch to the file.
+    The table leaves out what is the run file's default anyway; --json has every key.
     """
     click.echo(_as_json() if as_json else _as_table())
 
@@ -34,11 +35,19 @@ def _as_table() -> str:
     blocks = []
     for method in METHODS.values():
         head = [f"{method.name:<12}{method.title}"] + [f"{'':<12}{method.paper}"] * bool(method.paper)
-        blocks += [*head, *_lines("sets", method.settings), *_lines("default", method.defaults), ""]
+        blocks += [*head, *_lines("", method.settings), *_lines("default ", method.defaults), ""]
     return "\n".join(blocks).rstrip()
 
 
 def _lines(word: str, switches: Mapping[str, Any]) -> list[str]:
     import json
+    import textwrap
 
-    return [f"{'':<12}{word:<9}{key} = {json.dumps(value)}" for key, value in switches.items()]
+    from mpifedlora.core.method_config import default_of
+
+    unlike = [f"{key}~=~{json.dumps(value)}" for key, value in switches.items() if value != default_of(key)]
+    if switches and not unlike:
+        unlike = ["(the run file's defaults)"]
+    indent = " " * 12
+    lines = textwrap.wrap(", ".join(unlike), 100, initial_indent=indent + word, subsequent_indent=indent)
+    return [line.replace("~", " ") for line in lines]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import cycle, islice
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -268,6 +268,19 @@ class RunTables(Section):
     server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()  # type: ignore[call-arg]
     privacy: PrivacyConfig = PrivacyConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+
+
+def default_of(key: str) -> Any:
+    """Return the value that a key has where the run file is silent.
+
+    Args:
+        key: Dotted, of a table all of whose keys have a default.
+
+    >>> default_of("training.scope")
+    'adapter'
+    """
+    section, _, name = key.partition(".")
+    return getattr(RunTables.model_fields[section].default, name)
 
 
 def ranks_of_clients(config: RunTables) -> tuple[int, ...]:

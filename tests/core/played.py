@@ -174,6 +174,12 @@ def add_products(body: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> Tens
     return changed
 
 
+def flattened(factors: Sequence[Factors], parts: str, whole: Tensor) -> Tensor:
+    """Some of the factors, and whole values behind them."""
+    pairs = (pair._asdict() for pair in factors)
+    return torch.cat([*(pair[part].reshape(-1) for pair in pairs for part in parts), whole])
+
+
 class Cut(NamedTuple):
     """How the cut before a round has mapped each module's factors: a' = a_map @ a, b' = b @ b_map."""
 
@@ -264,18 +270,15 @@ class PlayedWorker:
 
     def train(self, client_id: int) -> ClientUpdate:
         plan, flat = self.plan, self.start(client_id)
+        layout = plan.trained_layout(SHAPES, client_id)
         trained = flat + 0.3 * random_values(flat.numel(), self.seed, plan.round_num, client_id)
         self.models[client_id] = self.model_of(client_id, trained)
         values = trained
         if plan.keeps_b:
-            layout = plan.trained_layout(SHAPES, client_id)
-            a, b = (
-                torch.cat(one)
-                for one in zip(*(map(torch.flatten, pair) for pair in layout.factors(trained)), strict=True)
-            )
-            head = layout.whole_values(trained)
-            values, kept = (a, torch.cat([b, head])) if plan.keeps_head else (torch.cat([a, head]), b)
-            self.memory[client_id, plan.round_num] = kept
+            pairs, head = layout.factors(trained), layout.whole_values(trained)
+            shared, own = (head[:0], head) if plan.keeps_head else (head, head[:0])
+            values = flattened(pairs, "a", shared)
+            self.memory[client_id, plan.round_num] = flattened(pairs, "b", own)
         if plan.has_variates:
             values = torch.cat([values, self._change_of_variate(client_id, flat - trained)])
         loss = 1.0 + client_id

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from core.played import (
     client_weights,
     distance,
     federation,
+    flattened,
     initial_body,
     mean_model,
     play,
@@ -37,8 +39,8 @@ from torch import Tensor
 from mpifedlora.core.aggregation import AGGREGATORS
 from mpifedlora.core.allocation import spectral
 from mpifedlora.core.fresh import initial_adapter
-from mpifedlora.core.layout import DENSE, AdapterLayout, Factors, LinearShape, ModelShapes, TensorShape
-from mpifedlora.core.plan import ABSENT, RoundPlan
+from mpifedlora.core.layout import DENSE, Factors, LinearShape, ModelShapes, TensorShape
+from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.seeding import numpy_generator
@@ -46,29 +48,31 @@ from mpifedlora.core.server_optimizer import ServerOptimizer
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import ClientUpdate
 
-STAGES = (("adapter", None, 0), ("full", 3, 1), ("", 1, 2))
 KIND_CASES = [
-    Case(kind, freezes, initiating, cohort_size=cohort_size, seed=seed)
-    for kind in ("product", "factors", "residual", "stack")
-    for freezes in (True, False)[: 1 if kind == "stack" else 2]
-    for initiating, cohort_size, seed in STAGES
+    *(
+        Case(kind, freezes, initiating, cohort_size=cohort_size, seed=seed)
+        for kind in ("product", "factors")
+        for freezes in (True, False)
+        for initiating, cohort_size, seed in (("adapter", None, 0), ("full", 3, 1), ("", 1, 2))
+    ),
+    *(Case(kind) for kind in ("residual", "stack")),
+    *(Case(kind, False, "full", cohort_size=3, seed=1) for kind in ("residual", "stack", "zero-pad")),
 ]
-# Clients 1 and 3 cannot hold the whole rank; the last client never trains.
 CLIENT_RANKS = (4, 1, 2, 3, 2, 4)
 CLIENT_RANK_CASES = [
     Case(kind, freezes, initiating, cohort_size=cohort_size, client_ranks=CLIENT_RANKS)
     for kind in ("product", "zero-pad", "stack")
-    for freezes, initiating, cohort_size in ((True, "adapter", None), (False, "", 2), (True, "", 1))
+    for freezes, initiating, cohort_size in ((True, "adapter", None), (False, "", 2))
 ]
 FIXED = Case("factors", schedule="constant", initiating="")
 B_ONLY, ALTERNATING = replace(FIXED, scope="b-only"), replace(FIXED, scope="alternating")
 FULL = Case(initiating="full", scope="full")
 PART_CASES = [
-    *(replace(B_ONLY, initiating=initiating, cohort_size=3) for initiating in ("", "full")),
+    replace(B_ONLY, initiating="full", cohort_size=3),
     *(replace(ALTERNATING, initiating=initiating, cohort_size=3) for initiating in ("", "adapter", "full")),
     replace(FULL, cohort_size=3),
 ]
-PERSONAL = replace(FIXED, keeps_b=True, cohort_size=3)
+PERSONAL = [replace(FIXED, keeps_b=True, keeps_head=keeps, cohort_size=3) for keeps in (False, True)]
 VARIATE_CASES = [
     replace(case, has_variates=True, cohort_size=3)
     for case in (Case("factors"), Case("factors", False, is_spectral=True), B_ONLY, FULL)
@@ -77,7 +81,8 @@ ADAM = ServerOptimizer("fedadam", 0.3, 0.6, 0.8, 0.5)
 MOMENTUM = ServerOptimizer("momentum", 0.7, 0.6, 0.0, 0.0)
 LASTING = [Case("factors"), Case("factors", False, "full", cohort_size=3), B_ONLY, FULL]
 OPTIMIZER_CASES = [
-    *(replace(case, optimizer=optimizer) for case in LASTING for optimizer in (MOMENTUM, ADAM)),
+    *(replace(case, optimizer=MOMENTUM) for case in LASTING[:3]),
+    *(replace(case, optimizer=ADAM) for case in (LASTING[0], FULL)),
     replace(LASTING[0], optimizer=replace(ADAM, kind="fedyogi"), has_variates=True, cohort_size=3),
     replace(LASTING[1], optimizer=replace(ADAM, kind="fedadagrad")),
     Case("factors", optimizer=ADAM, has_variates=True, probability=0.25, seed=1),
@@ -87,14 +92,12 @@ SPECTRAL_CASES = [
     for kind, freezes in (("product", True), ("product", False), ("factors", False), ("residual", True))
 ]
 ROBUST_CASES = [
-    replace(case, robust=robust)
-    for robust in ("median", "trimmed-mean")
-    for case in (Case(), Case("product", False, "full"), B_ONLY, FULL)
+    *(replace(case, robust="median") for case in (Case(), B_ONLY)),
+    *(replace(case, robust="trimmed-mean") for case in (Case("product", False, "full"), FULL)),
 ]
 KRUM_CASES = [
-    replace(case, robust=robust)
-    for robust in ("krum", "multi-krum")
-    for case in (Case(), Case("factors", False), B_ONLY, FULL)
+    *(replace(case, robust="krum") for case in (Case(), FULL)),
+    *(replace(case, robust="multi-krum") for case in (Case("factors", False), B_ONLY)),
 ]
 BOUND_CASES = [
     replace(case, norm_bound=bound)
@@ -102,10 +105,10 @@ BOUND_CASES = [
 ]
 EMPTY_CASES = [
     replace(case, probability=0.25, cohort_size=None, seed=1)
-    for case in (*map(Case, sorted(AGGREGATORS)), B_ONLY, ALTERNATING, FULL, PERSONAL)
+    for case in (*map(Case, sorted(AGGREGATORS)), B_ONLY, ALTERNATING, FULL, PERSONAL[0])
 ]
 WEIGHT_CASES = [
-    Case(kind, weights=weights) for kind in ("product", "stack") for weights in ("equal", "frobenius")
+    Case(kind, weights=weights) for kind, weights in (("product", "frobenius"), ("stack", "equal"))
 ]
 # The next values are means of the used clients' values, whichever clients these are.
 MEAN_CASES = [
@@ -119,7 +122,7 @@ MEAN_CASES = [
     *WEIGHT_CASES,
     *EMPTY_CASES[:-1],
 ]
-CASES = [*MEAN_CASES, PERSONAL, EMPTY_CASES[-1], *OPTIMIZER_CASES, *ROBUST_CASES]
+CASES = [*MEAN_CASES, *PERSONAL, EMPTY_CASES[-1], *OPTIMIZER_CASES, *ROBUST_CASES]
 
 
 def over(cases: Sequence[Case]) -> pytest.MarkDecorator:
@@ -173,8 +176,8 @@ def test_a_spectral_budget_goes_to_the_strongest_directions(case: Case) -> None:
             wanted = spectral(budget, SHAPES.modules, spectra, wanted)
         assert played.next_plan.lora_ranks == wanted
         assert size_of(wanted) <= budget * sum(SIDES)
-        shared.add((wanted[0], wanted[2]))
-    assert any(q != v for q, v in shared)
+        shared.add(wanted)
+    assert not shared <= {(4, 3, 4), (3, 3, 3), (2, 2, 2), (1, 1, 1)}
 
 
 @over(adapters(CASES))
@@ -195,7 +198,7 @@ def test_ranks_never_rise_and_join_to_at_most_rank_max(case: Case) -> None:
 def test_what_is_frozen_is_what_is_no_longer_active_or_what_is_folded(case: Case) -> None:
     for played in adapter_rounds(federation(case)):
         ranks = frozen_ranks(played)
-        dense = [r * side > area for r, side, area in zip(ranks, SIDES, AREAS, strict=True)]
+        dense = [case.folds and r * side > area for r, side, area in zip(ranks, SIDES, AREAS, strict=True)]
         wanted = [DENSE if is_dense else r for r, is_dense in zip(ranks, dense, strict=True)]
         assert list(played.next_plan.frozen_ranks) == wanted
 
@@ -218,12 +221,12 @@ def test_messages_and_rows_have_their_closed_form(case: Case) -> None:
         plan, sides = played.next_plan, {"": (0, 0, 0), "a": (7, 5, 26), "b": (9, 3, 30), "ab": SIDES}
         shared = played.plan.shared_layout(SHAPES).parts
         parts = "" if case.kind == "stack" or plan.sends_base else "ab" if played.is_cut else shared
-        state = size_of(plan.lora_ranks, sides[parts]) + NUM_HEAD
+        state = size_of(plan.lora_ranks, sides[parts]) + NUM_HEAD * (not case.keeps_head)
         state = NUM_BODY + NUM_HEAD if plan.scope == "full" else state
         whole = zip(plan.frozen_ranks, SIDES, AREAS, strict=True)
         frozen = sum(area if r == DENSE else r * side for r, side, area in whole)
         maps = sum(2 * r * s for r, s in zip(played.plan.lora_ranks, plan.lora_ranks, strict=True))
-        variate = plan.shared_layout(SHAPES).num_values + maps * played.is_cut
+        variate = plan.shared_layout(SHAPES).num_values + maps * (played.is_cut and plan.scope != "full")
         wanted = NUM_BODY * plan.sends_base + frozen + state + variate * case.has_variates
         assert played.message.numel() == wanted
 
@@ -237,7 +240,8 @@ def test_rows_have_their_closed_form(case: Case) -> None:
         for update in played.updates:
             limit = case.client_ranks[update.client_id] if case.client_ranks else RANK_MAX
             ranks = [min(r, limit) for r in plan.lora_ranks]
-            values = size_of(ranks, sides) + NUM_HEAD + NUM_BODY * (plan.scope == "full")
+            values = size_of(ranks, sides) + NUM_HEAD * (not case.keeps_head)
+            values += NUM_BODY * (plan.scope == "full")
             assert update.values.numel() == values * (1 + case.has_variates)
             assert plan.row_values(SHAPES, update.client_id) == values * (1 + case.has_variates)
 
@@ -251,7 +255,7 @@ def test_round_one_sends_nothing_and_every_other_round_its_state(case: Case) -> 
     assert opens == ([3] if case.initiating == "full" != case.scope else [])
 
 
-@over([KIND_CASES[0], *PART_CASES, *VARIATE_CASES, PERSONAL, *CLIENT_RANK_CASES[:1], EMPTY_CASES[0]])
+@over([KIND_CASES[0], *PART_CASES, *VARIATE_CASES, *PERSONAL, *CLIENT_RANK_CASES[:1], EMPTY_CASES[0]])
 def test_plans_say_who_trains_what_and_how(case: Case) -> None:
     for round_num, played in enumerate(federation(case), start=1):
         plan, is_first = played.plan, round_num <= case.initiating_rounds
@@ -287,21 +291,19 @@ def test_heads_and_whole_weights_are_averaged(case: Case) -> None:
 def is_exact(played: Played) -> bool:
     """Whether nothing of the exact mean may be lost."""
     whole = played.case.freezes or not played.is_cut
-    return played.case.folds or played.plan.scope != "adapter" or (len(played.used) < 2 and whole)
+    if played.case.folds or played.plan.scope != "adapter" or not played.used:
+        return whole or played.case.folds
+    return (
+        len(played.used) == 1 and whole and not (played.case.client_ranks and played.case.kind == "zero-pad")
+    )
 
 
-@over([*MEAN_CASES, *(replace(case, cohort_size=1) for case in (Case("zero-pad"), PART_CASES[0]))])
+@over([*MEAN_CASES, Case("zero-pad", cohort_size=1)])
 def test_the_next_global_model_is_the_exact_mean_of_the_clients_models(case: Case) -> None:
     for played in filter(is_exact, federation(case)):
-        assert float((played.held - mean_model(played)).norm()) < 1e-5 * moved(played)
+        assert distance(played.held, mean_model(played)) < 1e-6
         assert played.report.aggregation_error < 1e-5
         assert played.report.dropped_energy < 1e-10
-
-
-def moved(played: Played) -> float:
-    """How far the clients' models are from the one that they started from, at least 1."""
-    clients = [played.sent.models[client_id] - played.before for client_id in played.used]
-    return max([1.0, *(float(client.norm()) for client in clients)])
 
 
 def combined(played: Played) -> list[Tensor]:
@@ -388,7 +390,7 @@ def test_means_of_factors_err_and_products_err_by_what_they_drop(case: Case) -> 
 
 
 def test_a_product_of_full_rank_loses_nothing_until_it_is_cut() -> None:
-    for played in federation(Case(False)):
+    for played in federation(Case(freezes=False)):
         sent, exact = products(played, played.held)[1], products(played, mean_model(played))[1]
         assert (distance(sent, exact) < 1e-5) == (played.next_plan.lora_ranks[1] == 3)
 
@@ -412,7 +414,7 @@ def test_reports_average_losses_by_the_weights(case: Case) -> None:
             assert (report.train_loss, report.penalty) == (pytest.approx(wanted), pytest.approx(0.5))
 
 
-SENSITIVE = [*CASES[::3], *VARIATE_CASES, *OPTIMIZER_CASES[:2], PERSONAL]
+SENSITIVE = [*CASES[::6], VARIATE_CASES[0], PERSONAL[0]]
 
 
 @over([*dict.fromkeys(SENSITIVE)])
@@ -526,7 +528,7 @@ def not_finite(update: ClientUpdate) -> ClientUpdate:
 
 
 KEEPING = [
-    PERSONAL,
+    *PERSONAL,
     EMPTY_CASES[-1],
     *VARIATE_CASES,
     *(case for case in OPTIMIZER_CASES if case.has_variates),
@@ -536,11 +538,11 @@ KEEPING = [
 @over(KEEPING)
 def test_what_a_client_keeps_counts_once_its_update_is_used(case: Case) -> None:
     kept, num_bad = [0] * NUM_CLIENTS, 0
-    for played in play(case, with_bad_client(3)):
+    for played in play(case, with_bad_client(4)):
         assert list(played.plan.state_rounds or [0] * NUM_CLIENTS) == kept
         for client_id in played.plan.cohort:
-            kept[client_id] = kept[client_id] if client_id == 3 else played.plan.round_num
-            num_bad += client_id == 3
+            kept[client_id] = kept[client_id] if client_id == 4 else played.plan.round_num
+            num_bad += client_id == 4
     assert num_bad > 0
     assert set(kept) > {0}
 
@@ -549,7 +551,7 @@ def test_clients_that_keep_nothing_have_no_versions() -> None:
     assert all(played.plan.state_rounds == () for played in federation(Case()))
 
 
-@pytest.mark.parametrize("spoil", [lambda _, updates: updates, with_bad_client(3)])
+@pytest.mark.parametrize("spoil", [lambda _, updates: updates, with_bad_client(4)])
 @over([case for case in KEEPING if case.has_variates])
 def test_the_servers_variate_is_the_mean_of_all_eligible_clients_variates(case: Case, spoil: Spoil) -> None:
     for played in play(case, spoil):
@@ -572,21 +574,26 @@ def test_maps_take_the_mean_factors_to_those_that_are_sent(case: Case) -> None:
             assert distance(mean_b @ map_b, new.b) < 1e-4
 
 
-def test_a_kept_b_stays_with_its_client_and_the_rest_is_averaged() -> None:
-    for played in play(PERSONAL, with_bad_client(3)):
-        plan, layout = played.plan, played.plan.layout(SHAPES)
-        rows = [update.values.double() for update in played.report.participants]
-        wanted = client_weights(played) @ torch.stack(rows)
-        factors = layout.factors(played.got.state)
-        shared = torch.cat([*(part.a.reshape(-1) for part in factors), layout.whole_values(played.got.state)])
-        assert distance(shared.double(), wanted) < 1e-6
+@over(PERSONAL)
+def test_a_kept_b_stays_with_its_client_and_the_rest_is_averaged(case: Case) -> None:
+    for played in play(case, with_bad_client(4)):
+        layout = played.plan.layout(SHAPES)
+        factors, head = layout.factors(played.got.state), layout.whole_values(played.got.state)
         assert not any(bool(part.b.any()) for part in factors)
+        first_head = random_values(NUM_HEAD, 0, 1000)
+        assert torch.equal(head, first_head) == case.keeps_head
+        rows = torch.stack([update.values.double() for update in played.report.participants])
+        shared = flattened(factors, "a", head[: NUM_HEAD * (not case.keeps_head)])
+        assert distance(shared.double(), client_weights(played) @ rows) < 1e-6
         assert math.isnan(played.report.aggregation_error)
-        for client_id in ELIGIBLE:
-            starts = plan.layout(SHAPES).factors(played.sent.start(client_id))
-            kept = played.sent.recall(plan, client_id)
-            own = torch.cat([part.b.reshape(-1) for part in starts])
-            assert torch.equal(own, torch.zeros_like(own) if kept is None else kept)
+        for client_id in played.plan.cohort:
+            start = played.sent.start(client_id)
+            kept = played.sent.recall(played.plan, client_id)
+            own = flattened(
+                layout.factors(start), "b", layout.whole_values(start)[: NUM_HEAD * case.keeps_head]
+            )
+            none = flattened(factors, "b", first_head[: NUM_HEAD * case.keeps_head])
+            assert torch.equal(own, none if kept is None else kept)
 
 
 # The server's optimiser.
@@ -594,17 +601,10 @@ def test_a_kept_b_stays_with_its_client_and_the_rest_is_averaged() -> None:
 
 def shared_state(plan: RoundPlan, worker: PlayedWorker) -> Tensor:
     """What a round shares of the state that a worker holds, in double precision."""
-    layout, shared = plan.layout(SHAPES), plan.shared_layout(SHAPES)
     if plan.scope == "full":
         return worker.model()
-    parts = layout.factors(worker.state)
-    values = [
-        factor.reshape(-1)
-        for part in parts
-        for name, factor in part._asdict().items()
-        if name in shared.parts
-    ]
-    return torch.cat([*values, layout.whole_values(worker.state)]).double()
+    layout, parts = plan.layout(SHAPES), plan.shared_layout(SHAPES).parts
+    return flattened(layout.factors(worker.state), parts, layout.whole_values(worker.state)).double()
 
 
 def step_of(
@@ -742,9 +742,9 @@ def test_krum_leaves_an_arbitrary_client_out(case: Case) -> None:
 
 
 def test_krum_uses_nobody_where_too_few_are_left_to_tell_who_is_honest() -> None:
-    for played in play(Case(robust="krum"), with_bad_client(3)):
-        others = dict.fromkeys((0, 1, 2, 4), "not chosen")
-        assert played.report.outcomes == {**others, 3: "not finite"}
+    for played in play(Case(robust="krum"), with_bad_client(4)):
+        others = dict.fromkeys((0, 1, 2, 3), "not chosen")
+        assert played.report.outcomes == {**others, 4: "not finite"}
         assert distance(played.held, played.before) < 1e-5
 
 
@@ -760,10 +760,10 @@ SPOILT = [
 
 @over(SPOILT)
 def test_an_update_that_is_not_finite_is_named_and_left_out(case: Case) -> None:
-    without = play(case, lambda _, updates: [one for one in updates if one.client_id != 3])
-    for played, wanted in zip(play(case, with_bad_client(3)), without, strict=True):
-        assert played.report.outcomes == {**wanted.report.outcomes, 3: "not finite"}
-        assert played.used == [0, 1, 2, 4]
+    without = play(case, lambda _, updates: [one for one in updates if one.client_id != 4])
+    for played, wanted in zip(play(case, with_bad_client(4)), without, strict=True):
+        assert played.report.outcomes == {**wanted.report.outcomes, 4: "not finite"}
+        assert played.used == [0, 1, 2, 3]
         assert played.report.train_loss == wanted.report.train_loss
         assert torch.equal(played.message, wanted.message)
 
@@ -810,7 +810,7 @@ def test_a_round_with_nobody_left_keeps_the_global_model(case: Case) -> None:
 @pytest.mark.parametrize("kind", ["product", "factors", "zero-pad"])
 def test_the_cut_goes_on_where_nobody_is_left(kind: str) -> None:
     history = play(Case(kind, False, cohort_size=3), nobody_in(*range(4, NUM_ROUNDS + 1)))[3:]
-    assert sum(played.is_cut for played in history) == 3
+    assert sum(played.is_cut for played in history) == 2
     for played in history:
         # Only the cut's own loss: the weakest directions of the model as it was.
         before, held = products(played, played.before), products(played, played.held)
@@ -836,7 +836,7 @@ def test_a_federation_in_which_nobody_ever_trains_ends_where_it_began(kind: str)
 def test_updates_are_divided_by_the_expected_cohort(case: Case) -> None:
     expected = 5.0 if case.probability is None else 2.0
     sizes = set()
-    for played in federation(replace(case, noise=(0.0, expected))):
+    for played in federation(replace(case, noise=(100.0, 0.0, expected))):
         clients = [played.sent.models[client_id] - played.before for client_id in played.used]
         wanted = played.before + sum(clients, torch.zeros_like(played.before)) / expected
         assert distance(played.held, wanted) < 1e-6
@@ -847,13 +847,13 @@ def test_updates_are_divided_by_the_expected_cohort(case: Case) -> None:
 @over([FULL, B_ONLY])
 def test_without_noise_a_full_cohort_gives_the_equal_weight_mean(case: Case) -> None:
     equal = federation(replace(case, weights="equal"))
-    for played, wanted in zip(federation(replace(case, noise=(0.0, 5.0))), equal, strict=True):
+    for played, wanted in zip(federation(replace(case, noise=(100.0, 0.0, 5.0))), equal, strict=True):
         assert distance(played.held, wanted.held) < 1e-5
 
 
 def test_noise_is_added_to_the_sum_once_a_round() -> None:
     drawn = []
-    for played in federation(replace(FULL, noise=(0.5, 2.0), probability=0.4)):
+    for played in federation(replace(FULL, noise=(100.0, 0.005, 2.0), probability=0.4)):
         clients = [played.sent.models[client_id] - played.before for client_id in played.used]
         drawn.append(played.held - played.before - sum(clients, torch.zeros_like(played.before)) / 2)
     noise = torch.stack(drawn)  # of 8 rounds, 879 values each
@@ -931,31 +931,29 @@ def test_metropolis_accepts_by_chance_and_less_often_as_it_cools() -> None:
 
 @over(LED[:3])
 def test_the_judge_sees_the_cut_model_and_the_uncut_one(case: Case) -> None:
-    seen: list[tuple[RoundPlan, Tensor, Tensor]] = []
+    seen: dict[int, list[tuple[RoundPlan, Tensor, Tensor]]] = {}
 
     def judge(worker: PlayedWorker, plan: RoundPlan, message: Tensor) -> float:
         replica = worker.twin()
         replica.receive(plan, message)
-        seen.append((plan, message.clone(), replica.model()))
-        return {4: 0.0, 3: -1.0, 2: 1e9, 1: 0.0}[plan.lora_ranks[0]]
+        seen.setdefault(worker.plan.round_num, []).append((plan, message.clone(), replica.model()))
+        return {4: 0.0, 3: -1.0, 2: 1e9}[plan.lora_ranks[0]]
 
-    for played in play(case, judge=judge):
-        if not seen:
-            assert not played.is_cut
-            continue
-        (cut_plan, cut_message, cut), (plan, message, uncut) = seen
-        seen.clear()
-        assert plan.lora_ranks == played.plan.lora_ranks
-        assert cut_plan.lora_ranks == tuple(min(r, plan.lora_ranks[0] - 1) for r in plan.lora_ranks)
-        for model, ranks in ((cut, cut_plan.lora_ranks), (uncut, plan.lora_ranks)):
-            pairs = zip(combined(played), products(played, model), ranks, strict=True)
-            for wanted, got, r in pairs:
-                lost = tail_energy(wanted, r)
-                assert float((got - wanted).square().sum()) == pytest.approx(lost, rel=1e-4, abs=1e-8)
-        accepted = (cut_plan, cut_message) if played.is_cut else (plan, message)
-        assert replace(played.next_plan, evaluates=False) == accepted[0]
+    history = play(case, judge=judge)
+    assert list(seen) == [3, 4, 5, 6, 7]
+    for round_num, (cut, uncut) in seen.items():
+        played = history[round_num - 1]
+        lower = played.plan.lora_ranks[0] - 1
+        assert cut[0].lora_ranks == tuple(min(r, lower) for r in played.plan.lora_ranks)
+        assert uncut[0].lora_ranks == played.plan.lora_ranks
+        for plan, _, model in (cut, uncut):
+            triples = zip(combined(played), products(played, model), plan.lora_ranks, strict=True)
+            for wanted, got, r in triples:
+                lost = pytest.approx(tail_energy(wanted, r), rel=1e-4, abs=1e-8)
+                assert float((got - wanted).square().sum()) == lost
+        accepted = cut if round_num == 3 else uncut
+        assert played.next_plan == accepted[0]
         assert torch.equal(played.message, accepted[1])
-    assert played.plan.lora_ranks == (3, 3, 3)
 
 
 # The coordinator's other answers.
@@ -989,7 +987,7 @@ def test_base_weights_are_named_where_they_changed() -> None:
     assert torch.allclose(opened.base_weights()["q.weight"], wanted)
 
 
-@over([Case(), replace(PERSONAL, cohort_size=None), VARIATE_CASES[0]])
+@over([Case(), PERSONAL[1], VARIATE_CASES[0]])
 def test_a_plan_can_ask_for_evaluation_and_the_last_one_stops(case: Case) -> None:
     coordinator = case.coordinator()
     assert coordinator.plan(evaluates=True) == replace(coordinator.plan(), evaluates=True)
@@ -1002,7 +1000,7 @@ def test_a_plan_can_ask_for_evaluation_and_the_last_one_stops(case: Case) -> Non
 
 def test_restarts_differ_from_round_to_round_and_initial_adapters_from_seed_to_seed() -> None:
     drawn = [played.got.state[:28] for played in federation(Case("stack", schedule="constant"))]
-    assert all(not torch.equal(one, other) for one, other in zip(drawn, drawn[1:], strict=False))
+    assert all(not torch.equal(one, other) for one, other in pairwise(drawn))
     head = torch.arange(15.0)
     one, again, other = (initial_adapter(SHAPES, (4, 3, 4), head, seed) for seed in (0, 0, 1))
     assert torch.equal(one, again)

@@ -77,6 +77,7 @@ class Replay:
 
     def __init__(self, folder, model, plan, lora_rank=None, personal=None, dtype=torch.float32):
         self.base = build_base(str(folder), num_labels=3, dropout=0.0).module.to(dtype)
+        self.base.classifier._forward_pre_hooks.clear()  # it makes float32 of whatever comes
         self.fixed = {name: value.detach() for name, value in self.base.named_parameters()}
         self.layout = plan.layout(model.shapes)
         state = model.state.to(dtype)
@@ -335,6 +336,17 @@ def test_equal_variates_of_client_and_server_correct_nothing(model, task, exampl
     _, values = train(model, task, examples, SGD, plan, memory={"variate": same.clone()})
     _, plain = train(model, task, examples, SGD, replace(plan, has_variates=False))
     assert torch.equal(values[: len(plain)], plain)
+
+
+def test_the_gradient_is_clipped_and_the_correction_is_not(model, task, examples):
+    plan = make_plan(model, learning_rate=0.1, has_variates=True, state_rounds=(1,), round_num=2)
+    state = start(model, plan)
+    own, mean = (random_values(len(state), seed, 0.1) for seed in (1, 2))
+    model.variate = mean
+    settings = replace(SGD, grad_clip=1e-9)
+    _, values = train(model, task, examples, settings, plan, memory={"variate": own})
+    expected = state - SGD.local_steps * 0.1 * (mean - own)
+    assert torch.allclose(values[: len(state)], expected, atol=1e-6)
 
 
 def test_drift_by_hand():

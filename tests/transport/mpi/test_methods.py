@@ -6,7 +6,9 @@ import pytest
 from federations import HEADER_DOWN, HEADER_UP, NUM_MODULES
 
 from mpifedlora.core.methods import METHODS
+from mpifedlora.errors import ConfigError
 from mpifedlora.io.results import read_results
+from mpifedlora.runtime import launch
 
 TWO_OF_FOUR = "federation.cohort_size=2"
 UNLIKE = "lora.client_ranks=[1, 2, 4]"
@@ -170,3 +172,18 @@ def test_aggregation_error_and_dropped_energy_are_told(comm, folder, name):
         (rounds["aggregation_error"] < 1e-5).all() if is_exact else (rounds["aggregation_error"] > 1e-5).all()
     )
     assert (rounds["dropped_energy"] >= 0).all()
+
+
+def test_workers_that_see_another_folder_are_told_before_the_first_round(comm, folder):
+    if comm.size == 1:
+        return
+    out = folder / f"elsewhere-{comm.size}-{min(comm.rank, 1)}"
+    arguments = (folder / "run.toml", PRESETS["fedsa-lora"], out, False)
+    if comm.rank == 0:
+        with pytest.raises(
+            ConfigError, match=r"same folder for clients' states, got one without .* on worker 0"
+        ):
+            launch.run(*arguments, comm=comm)
+        assert not (out / "results.h5").exists()
+    else:
+        assert launch.run(*arguments, comm=comm) == launch.EXIT_FAILED_ELSEWHERE
