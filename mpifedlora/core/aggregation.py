@@ -40,7 +40,7 @@ class Aggregator:
         folds: whether what the active factors lack of the exact sum is added to the base weights.
 
     References:
-        `product`: FlexLoRA, arXiv 2402.11505, section 3. `factors`: FedIT, arXiv 2305.05644.
+        `product`: FlexLoRA, arXiv 2402.11505. `factors`: FedIT, arXiv 2305.05644.
         `zero-pad`: HetLoRA, arXiv 2401.06432: means of factors that were padded with zero directions.
         `stack`: FLoRA, arXiv 2409.05976. `residual`: FedEx-LoRA, arXiv 2410.09432.
     """

@@ -67,7 +67,7 @@ class Annealer:
         Accepted if the loss does not rise, else with probability exp(-rise / (temperature * tau)).
 
         References:
-            Metropolis et al., J. Chem. Phys. 21 (1953), equation 3; Kirkpatrick et al., Science 220 (1983).
+            Metropolis et al., J. Chem. Phys. 21 (1953); Kirkpatrick et al., Science 220 (1983).
         """
         if rise <= 0:
             return True

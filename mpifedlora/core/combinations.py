@@ -177,7 +177,7 @@ def _privacy_holds(config: RunTables) -> None:
     subject, bounded = "privacy.clip_norm", "one client may move the sum by no more than clip_norm"
     why = (
         "clipping factors does not bound their product, and noise in A multiplies noise in B, under "
-        'aggregation.kind = "product" as under "factors": FFA-LoRA, section 3'
+        'aggregation.kind = "product" as under "factors": FFA-LoRA, arXiv 2403.12313'
     )
     _needs(config, subject, "training.scope", "b-only", "full", why=why)
     _needs_one_scope(config, subject, why)

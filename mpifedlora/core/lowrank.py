@@ -34,7 +34,7 @@ class Svd(NamedTuple):
 def stack_weighted(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """Stack factors so that one product is the exact weighted sum of theirs.
 
-    [w_1 B_1 ... w_K B_K] @ [A_1; ...; A_K] = sum of w_k B_k A_k (FLoRA, arXiv 2409.05976, equation 4).
+    [w_1 B_1 ... w_K B_K] @ [A_1; ...; A_K] = sum of w_k B_k A_k (FLoRA, arXiv 2409.05976, stacking).
 
     Args:
         factors: per client, `a` (lora_rank, in) and `b` (out, lora_rank).

@@ -45,14 +45,17 @@ class Screening:
     """What an update must meet to be used.
 
     Args:
-        norm_bound: largest norm of an update, sqrt(sum of ||B_k A_k - B A||^2 + ||head_k - head||^2).
+        norm_bound: largest norm of an update, sqrt(sum of ||B_k A_k - B A||^2 + ||head_k - head||^2),
+            with the B A of the client's own rank.
         krum: `krum`, `multi-krum`, or nothing.
         num_byzantine: clients that Krum withstands.
+        least: updates that must be left for any of them to be used.
     """
 
     norm_bound: float | None = None
     krum: str = ""
     num_byzantine: int = 0
+    least: int = 0
 
     def choose(
         self, contributions: Sequence[Contribution], factors: Sequence[Factors], whole: Tensor
@@ -66,25 +69,34 @@ class Screening:
         """
         outcomes = {part.update.client_id: self._outcome(part, factors, whole) for part in contributions}
         left = [part for part in contributions if outcomes[part.update.client_id] == USED]
-        if self.krum and left:
-            chosen = {left[index].update.client_id for index in self._closest(left, whole)}
-            rejected = {part.update.client_id for part in left} - chosen
-            outcomes.update(dict.fromkeys(rejected, NOT_CHOSEN))
-        return outcomes
+        chosen = {part.update.client_id for part in self._chosen(left, whole)}
+        rejected = {part.update.client_id for part in left} - chosen
+        return {**outcomes, **dict.fromkeys(rejected, NOT_CHOSEN)}
 
     def _outcome(self, part: Contribution, factors: Sequence[Factors], whole: Tensor) -> str:
-        if not part.update.is_finite:
+        # One value that is not finite makes the sum so, whatever the client's header says.
+        if not (part.update.is_finite and bool(part.values.sum().isfinite())):
             return NOT_FINITE
         if self.norm_bound is None:
             return USED
-        norm = update_norm(part.factors, factors, part.whole, whole)
+        received = [_leading(state, own.lora_rank) for state, own in zip(factors, part.factors, strict=True)]
+        norm = update_norm(part.factors, received, part.whole, whole)
         return USED if norm <= self.norm_bound else ABOVE_BOUND
 
-    def _closest(self, left: Sequence[Contribution], whole: Tensor) -> tuple[int, ...]:
+    def _chosen(self, left: Sequence[Contribution], whole: Tensor) -> Sequence[Contribution]:
+        if not self.krum:
+            return left if len(left) >= self.least else []
         if len(left) < smallest_cohort(self.num_byzantine):
-            return ()  # too few are left to tell who is honest
+            return []  # too few are left to tell who is honest
+        return [left[index] for index in self._closest(left, whole)]
+
+    def _closest(self, left: Sequence[Contribution], whole: Tensor) -> tuple[int, ...]:
         gram = gram_of_values([part.whole - whole for part in left])
         if left[0].factors:
             gram += gram_of_products([part.factors for part in left])
         num_chosen = 1 if self.krum == "krum" else len(left) - self.num_byzantine - 2
         return krum(squared_distances(gram), self.num_byzantine, num_chosen)
+
+
+def _leading(factors: Factors, lora_rank: int) -> Factors:
+    return Factors(factors.a[:lora_rank], factors.b[:, :lora_rank])

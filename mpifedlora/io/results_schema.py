@@ -203,7 +203,9 @@ class _Column:
         return values.reshape(len(rows), *self.shape(info))
 
     def value(self, entry: Any) -> Any:
-        return entry if self.axis == "clients" else tuple(entry.tolist()) if self.axis else entry.item()
+        if self.axis == "clients":
+            return entry.astype(self.dtype)  # outcomes were read as text
+        return tuple(entry.tolist()) if self.axis else entry.item()
 
 
 # Annotation of a field of RoundRow -> dtype in the file, second axis.

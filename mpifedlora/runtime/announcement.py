@@ -53,7 +53,8 @@ def method_line(config: RunConfig) -> str:
     if config.training.scope != "full":
         parts += [_budget(config), f"{aggregation.kind} aggregation"]
     if config.initiating.rounds:
-        parts.append(f"initiating {config.initiating.rounds} rounds ({config.initiating.scope})")
+        rounds = "1 round" if config.initiating.rounds == 1 else f"{config.initiating.rounds} rounds"
+        parts.append(f"initiating {rounds} ({config.initiating.scope})")
     if aggregation.weights != "examples":
         parts.append(f"{aggregation.weights} weights")
     if config.training.personal != "none":

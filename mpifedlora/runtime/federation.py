@@ -153,7 +153,7 @@ def _run_rounds(server: Server, writer: ResultsWriter, saver: _Saver, progress: 
 
 def _export(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> None:
     changed = coordinator.base_weights()
-    if coordinator.switches.aggregator.folds:
+    if coordinator.switches.aggregator.folds and coordinator.next_plan.scope != "full":
         changed.update(replica.model.adapted_weights())
     if changed:
         write_base_weights(out / BASE_FOLDER, changed)

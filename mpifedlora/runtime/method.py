@@ -150,7 +150,8 @@ def _screening(config: RunConfig) -> Screening:
 
     aggregation = config.aggregation
     kind = aggregation.robust if aggregation.robust in ("krum", "multi-krum") else ""
-    return Screening(aggregation.norm_bound, kind, aggregation.num_byzantine)
+    least = 2 * aggregation.num_byzantine + 1 if aggregation.robust == "trimmed-mean" else 0
+    return Screening(aggregation.norm_bound, kind, aggregation.num_byzantine, least)
 
 
 def _guidance(config: RunConfig) -> Guidance:

@@ -57,9 +57,9 @@ class Case:
 
     Args:
         initiating: scope of the first two rounds; empty where there is no such stage.
-        optimizer: kind of the server's; its constants are in `server_optimizer`.
-        noise: clipping norm, noise multiplier and expected cohort.
         probability: of taking part, for Poisson sampling.
+        noise: clipping norm, noise multiplier and expected cohort.
+        robust: `median`, `trimmed-mean`, `krum` or `multi-krum`, each against one client.
     """
 
     kind: str = "product"
@@ -163,7 +163,10 @@ def initial_body(seed: int) -> Tensor:
 
 def matrices(body: Tensor) -> list[Tensor]:
     """The adapted weights of a flat model, as views."""
-    return SHAPES.base().whole_tensors(body[:NUM_BODY])[: len(SHAPES.modules)]
+    return [
+        part.view(shape)
+        for part, (_, *shape) in zip(body[:NUM_ADAPTED].split(AREAS), SHAPES.modules, strict=True)
+    ]
 
 
 def add_products(body: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -198,12 +201,13 @@ class PlayedWorker:
         self.state = torch.empty(0)
         self.variate = torch.zeros(0)
         self.cuts: list[Cut] = []
-        self.models: dict[int, Tensor] = {}  # by client, as trained in this round
+        self.trained: dict[int, Tensor] = {}  # in this round, by client
         self.memory: dict[tuple[int, int], Tensor] = {}  # all that clients have kept, by client and round
 
     def receive(self, planned: RoundPlan, message: Tensor) -> None:
         self.plan = plan = RoundPlan.unpack(planned.pack(), len(SHAPES.modules))
         parts = plan.split(SHAPES, message.clone())
+        self.layout = plan.layout(SHAPES)
         self.body = parts.base.double() if plan.sends_base else self.body
         self._freeze(parts.frozen)
         self.variate = parts.variate.double()
@@ -213,9 +217,11 @@ class PlayedWorker:
             maps = list(zip(sides[::2], sides[1::2], strict=True))
             self.cuts = [*self.cuts, Cut(plan.round_num, before, SHAPES.adapter(plan.lora_ranks), maps)]
         self.state = self._received(parts.state) if plan.sends_state else initial_state(self.seed, plan)
-        self.models = {}
+        self.trained = {}
 
     def _freeze(self, frozen: Tensor) -> None:
+        if not frozen.numel():
+            return
         layout = SHAPES.frozen(self.plan.frozen_ranks)
         self.body = add_products(self.body, layout.factors(frozen))
         names = [module.name for module in SHAPES.modules]
@@ -223,7 +229,7 @@ class PlayedWorker:
             matrices(self.body)[names.index(shape.name)].add_(dense.double(), alpha=SCALING)
 
     def _received(self, sent: Tensor) -> Tensor:
-        plan, layout = self.plan, self.plan.layout(SHAPES)
+        plan, layout = self.plan, self.layout
         if plan.scope == "full":
             return sent
         if not plan.sends_parts:
@@ -247,12 +253,12 @@ class PlayedWorker:
 
     def recall(self, plan: RoundPlan, client_id: int) -> Tensor | None:
         """What a client has kept, of the version that the plan names."""
-        round_num = plan.state_rounds[client_id] if plan.state_rounds else 0
+        round_num = plan.state_rounds[client_id]
         return self.memory[client_id, round_num] if round_num else None
 
     def start(self, client_id: int) -> Tensor:
         """What a client trains on."""
-        plan, layout = self.plan, self.plan.layout(SHAPES)
+        plan, layout = self.plan, self.layout
         own = plan.trained_layout(SHAPES, client_id)
         flat = torch.zeros(own.num_values)
         for mine, held in zip(own.factors(flat), layout.factors(self.state), strict=True):
@@ -272,7 +278,7 @@ class PlayedWorker:
         plan, flat = self.plan, self.start(client_id)
         layout = plan.trained_layout(SHAPES, client_id)
         trained = flat + 0.3 * random_values(flat.numel(), self.seed, plan.round_num, client_id)
-        self.models[client_id] = self.model_of(client_id, trained)
+        self.trained[client_id] = trained
         values = trained
         if plan.keeps_b:
             pairs, head = layout.factors(trained), layout.whole_values(trained)
@@ -308,10 +314,10 @@ class PlayedWorker:
                 variate = moved
         return variate
 
-    def model_of(self, client_id: int, trained: Tensor) -> Tensor:
+    def model_of(self, client_id: int) -> Tensor:
         """The whole model that a client has trained, a factor that it did not train taken from the state."""
-        own, layout = self.plan.trained_layout(SHAPES, client_id), self.plan.layout(SHAPES)
-        pairs = zip(own.factors(trained), layout.factors(self.state), strict=True)
+        own, trained = self.plan.trained_layout(SHAPES, client_id), self.trained[client_id]
+        pairs = zip(own.factors(trained), self.layout.factors(self.state), strict=True)
         complete = {
             "ab": lambda mine, held: mine,
             "a": lambda mine, held: Factors(mine.a, held.b),
@@ -321,8 +327,7 @@ class PlayedWorker:
 
     def model(self) -> Tensor:
         """The whole global model, flat, in double precision: base + frozen + active, and the head."""
-        layout = self.plan.layout(SHAPES)
-        return self._whole(layout.factors(self.state), layout.whole_values(self.state))
+        return self._whole(self.layout.factors(self.state), self.layout.whole_values(self.state))
 
     def _whole(self, factors: Sequence[Factors], whole: Tensor) -> Tensor:
         if self.plan.scope == "full":
@@ -341,7 +346,6 @@ class Played:
         coordinator: after the round.
         got: the worker after it has received what the round has made.
         message: that it has received.
-        exported: what a run would leave behind now, as one flat model.
     """
 
     case: Case
@@ -351,7 +355,6 @@ class Played:
     coordinator: Coordinator
     got: PlayedWorker
     message: Tensor
-    exported: Tensor
 
     @property
     def plan(self) -> RoundPlan:
@@ -370,6 +373,11 @@ class Played:
     def held(self) -> Tensor:
         """The model that the workers hold after the round."""
         return self.got.model()
+
+    @cached_property
+    def models(self) -> dict[int, Tensor]:
+        """By client of the cohort, the model that it has trained."""
+        return {client_id: self.sent.model_of(client_id) for client_id in self.plan.cohort}
 
     @property
     def used(self) -> list[int]:
@@ -408,8 +416,7 @@ def play(
         report = coordinator.finish(updates, None if judge is None else partial(judge, sent))
         worker.receive(coordinator.plan(), coordinator.message)
         after, message = _snapshot(coordinator), coordinator.message.clone()
-        exported = exported_model(coordinator, worker)
-        history.append(Played(case, sent, updates, report, after, worker.twin(), message, exported))
+        history.append(Played(case, sent, updates, report, after, worker.twin(), message))
     return history
 
 
@@ -424,16 +431,16 @@ def _snapshot(coordinator: Coordinator) -> Coordinator:
     return after
 
 
-def exported_model(coordinator: Coordinator, worker: PlayedWorker) -> Tensor:
-    """What a run leaves behind; folded directions are in the weights of the server's own model only."""
+def exported_model(played: Played) -> Tensor:
+    """What a run would leave behind; folded directions are in the weights of the server's own model only."""
+    coordinator, worker = played.coordinator, played.got
     changed = [tensor.reshape(-1).double() for tensor in coordinator.base_weights().values()]
-    if coordinator.next_plan.scope == "full":
+    if worker.plan.scope == "full":
         return torch.cat(changed)
     body = torch.cat(changed) if changed else initial_body(worker.seed)
-    if coordinator.switches.aggregator.folds:
-        body = worker.body
     factors, head = coordinator.adapter()
-    return torch.cat([add_products(body, factors), *(tensor.reshape(-1).double() for tensor in head)])
+    body = add_products(worker.body if played.case.folds else body, factors)
+    return torch.cat([body, *(tensor.reshape(-1).double() for tensor in head)])
 
 
 @cache
@@ -444,19 +451,19 @@ def federation(case: Case) -> list[Played]:
 # Exact arithmetic on whole models.
 
 
-def distance(one: Tensor, other: Tensor, origin: Tensor | float = 0.0) -> float:
-    """How far apart two models are, relative to how far the second is from an origin."""
-    return float((one - other).norm() / (other - origin).norm())
+def distance(one: Tensor, other: Tensor) -> float:
+    """How far apart two tensors are, relative to the second."""
+    return float((one - other).norm() / other.norm())
 
 
 def client_weights(played: Played) -> Tensor:
     """The used clients' weights, of sum 1."""
-    kind, sent = played.case.weights, played.sent
+    kind, models, body = played.case.weights, played.models, played.sent.body
     weights = [
         {
             "examples": 10.0 + client_id,
             "equal": 1.0,
-            "frobenius": float((sent.models[client_id][:NUM_BODY] - sent.body).norm()),
+            "frobenius": float((models[client_id][:NUM_BODY] - body).norm()),
         }[kind]
         for client_id in played.used
     ]
@@ -467,7 +474,7 @@ def mean_model(played: Played) -> Tensor:
     """The exact mean of the used clients' whole models; without any, the model that they received."""
     if not played.used:
         return played.before
-    models = torch.stack([played.sent.models[client_id] for client_id in played.used])
+    models = torch.stack([played.models[client_id] for client_id in played.used])
     return client_weights(played) @ models
 
 

@@ -192,7 +192,7 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
         {**ONE_STAGE, "training.scope": "adapter"},
         'needs training.scope = "b-only" or "full" (clipping factors does not bound their product, and noise '
         'in A multiplies noise in B, under aggregation.kind = "product" as under "factors": FFA-LoRA, '
-        'section 3), got "adapter"; set training.scope = "b-only", or leave privacy.clip_norm out',
+        'arXiv 2403.12313), got "adapter"; set training.scope = "b-only", or leave privacy.clip_norm out',
     ),
     (PRIVATE | B_ONLY | ONE_STAGE, {"training.scope": "alternating"}, 'got "alternating"'),
     (PRIVATE | B_ONLY | ONE_STAGE, {"initiating.rounds": 1}, "privacy.clip_norm needs the same scope in all"),

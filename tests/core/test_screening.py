@@ -36,7 +36,8 @@ def contribution_of(
     num_examples: int = 1,
 ) -> Contribution:
     update = ClientUpdate(client_id, num_examples, 1, 0.5, 0.0, 0.1, is_finite, whole)
-    return Contribution(update, factors, whole, whole)
+    sent = [part.flatten() for factor in factors for part in factor]
+    return Contribution(update, factors, torch.cat([*sent, whole]), whole)
 
 
 def scalar(client_id: int, product: float, whole: float, *, is_finite: bool = True) -> Contribution:
@@ -119,19 +120,34 @@ def test_the_bound_is_on_what_a_client_has_changed() -> None:
     assert outcomes == {0: USED, 1: ABOVE_BOUND, 2: ABOVE_BOUND, 3: USED}
 
 
+@pytest.mark.parametrize("screening", [Screening(), Screening(1e30)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_client_that_hides_what_is_not_finite_is_above_any_bound(value: float) -> None:
-    assert choose(Screening(norm_bound=1e30), [scalar(0, value, 0.0), scalar(1, 0.0, value)]) == {
-        0: ABOVE_BOUND,
-        1: ABOVE_BOUND,
-    }
+def test_a_client_that_hides_what_is_not_finite_is_found(screening: Screening, value: float) -> None:
+    parts = [scalar(0, value, 0.0), scalar(1, 0.0, value), scalar(2, 1.0, 1.0)]
+    assert choose(screening, parts) == {0: NOT_FINITE, 1: NOT_FINITE, 2: USED}
+
+
+def test_a_client_of_lower_rank_is_held_to_what_it_received() -> None:
+    state = [Factors(torch.eye(2), 10 * torch.eye(2))]
+    unchanged = contribution_of(0, [Factors(torch.eye(2)[:1], 10 * torch.eye(2)[:, :1])], torch.zeros(1))
+    assert Screening(norm_bound=1e-6).choose([unchanged], state, torch.zeros(1)) == {0: USED}
+
+
+def test_where_fewer_than_the_least_are_left_nobody_is_used() -> None:
+    parts = [scalar(client_id, 1.0, 0.0) for client_id in range(2)]
+    spoilt = scalar(2, 1.0, 0.0, is_finite=False)
+    screening = Screening(least=3)
+    assert choose(screening, [*parts, scalar(2, 1.0, 0.0)]) == {0: USED, 1: USED, 2: USED}
+    assert choose(screening, [*parts, spoilt]) == {0: NOT_CHOSEN, 1: NOT_CHOSEN, 2: NOT_FINITE}
 
 
 @LAWS
 @given(st.integers(0, 10**6), st.floats(0.2, 3))
 def test_the_bound_is_that_of_the_dense_difference(seed: int, share: float) -> None:
     parts, (factors, whole) = random_parts(seed, range(4)), state_of(seed)
-    state = vector(contribution_of(0, factors, whole))
+    # The clients are of rank 2: they have received the leading directions.
+    received = [Factors(part.a[:2], part.b[:, :2]) for part in factors]
+    state = vector(contribution_of(0, received, whole))
     norms = {part.update.client_id: float((vector(part) - state).norm()) for part in parts}
     bound = share * sum(norms.values()) / len(norms)
     outcomes = Screening(norm_bound=bound).choose(parts, factors, whole)
@@ -210,12 +226,21 @@ def test_head_and_products_make_one_distance() -> None:
 @given(seed=st.integers(0, 10**6))
 def test_a_whole_model_is_judged_by_its_weights(kind: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    state = 1e4 * torch.randn(30, generator=generator)
-    parts = [contribution_of(k, [], state + torch.randn(30, generator=generator)) for k in range(6)]
-    outcomes = Screening(krum=kind, num_byzantine=1).choose(parts, [], state)
-    # Against the state: beside weights of 10^4 the distances would drown.
-    near = [contribution_of(part.update.client_id, [], part.whole - state) for part in parts]
-    assert used(outcomes) == papers_krum(near, 1, 1 if kind == "krum" else 3)
+    parts = [contribution_of(k, [], torch.randn(30, generator=generator)) for k in range(6)]
+    outcomes = Screening(krum=kind, num_byzantine=1).choose(parts, [], torch.randn(30, generator=generator))
+    assert used(outcomes) == papers_krum(parts, 1, 1 if kind == "krum" else 3)
+
+
+def test_small_changes_show_beside_large_weights() -> None:
+    # Inner products of the models themselves are about 10^15: their rounding hides distances of 10^-4.
+    state = 1e6 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    state[0] = 0.0
+    parts = []
+    for client_id, value in enumerate([0.5, 0.04, 0.0, 0.01, 0.02]):
+        parts.append(contribution_of(client_id, [], state.clone()))
+        parts[-1].whole[0] = value
+    outcomes = Screening(krum="krum", num_byzantine=1).choose(parts, [], state)
+    assert used(outcomes) == {3}
 
 
 @KINDS

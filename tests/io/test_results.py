@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_CHOSEN, NOT_FINITE, USED
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.results import ResultsWriter, read_results
 from mpifedlora.io.results_schema import COLUMNS, Baselines, RoundRow, RunInfo
@@ -41,6 +42,8 @@ def make_info(**changes: Any) -> RunInfo:
         "seed": 2**32 - 1,
         "mpi_library": "in process",
         "devices": ("cpu", "cuda:0", "cuda:1"),
+        "eval_model": "personal",
+        "is_private": False,
         "reproducible": True,
         "module_names": MODULES,
         "label_names": ("sport", "Вибори"),
@@ -55,18 +58,21 @@ def make_row(round_num: int = 1, **changes: Any) -> RoundRow:
         "int64": round_num,
         "float64": round_num / 2,
         "bool": True,
+        "S16": "used",
     }
     for column in COLUMNS:
         if column.axis == "clients":
-            values[column.name] = np.full(NUM_CLIENTS, shapes[column.dtype])
+            values[column.name] = np.full(NUM_CLIENTS, shapes[column.dtype], column.dtype)
         elif not column.axis:
-            values[column.name] = shapes.get(column.dtype, "annealing")
-    return RoundRow(**(values | {"module_ranks": (round_num, 2)} | changes))
+            values[column.name] = shapes[column.dtype]
+    return RoundRow(**(values | {"stage": "annealing", "module_ranks": (round_num, 2)} | changes))
 
 
 def assert_same(one: RoundRow, other: RoundRow) -> None:
     for column in COLUMNS:
-        np.testing.assert_array_equal(getattr(one, column.name), getattr(other, column.name), column.name)
+        got, wanted = getattr(one, column.name), getattr(other, column.name)
+        np.testing.assert_array_equal(got, wanted, column.name)
+        assert np.asarray(got).dtype.kind == np.asarray(wanted).dtype.kind, column.name
 
 
 def write_rounds(path: Path, count: int) -> ResultsWriter:
@@ -91,14 +97,29 @@ class TestRoundTrip:
     def test_plain_h5py_sees_the_documented_names(self, tmp_path: Path) -> None:
         write_rounds(tmp_path / "results.h5", 3)
         with h5py.File(tmp_path / "results.h5") as file:
-            assert (file.attrs["format_version"], file.attrs["status"]) == (1, "running")
+            assert (file.attrs["format_version"], file.attrs["status"]) == (2, "running")
             assert file["rounds/uplink_bytes"].shape == (3,)
             assert file["rounds/stage"][0] == b"annealing"
             assert file["rounds/module_ranks"].shape == (3, 2)
             assert list(file["rounds/module_ranks"].attrs["module_names"]) == list(MODULES)
-            assert set(file["clients"]) == {"num_examples", "train_loss", "train_s", "participated"}
+            names = {"num_examples", "train_loss", "train_s", "participated", "outcome"}
+            assert set(file["clients"]) == names
+            assert file["clients/outcome"].shape == (3, NUM_CLIENTS)
+            assert file["clients/outcome"][0].tolist() == [b"used"] * NUM_CLIENTS
+            assert file["rounds/epsilon"][:].tolist() == [0.5, 1.0, 1.5]
+            assert (file.attrs["eval_model"], file.attrs["is_private"]) == ("personal", False)
             assert file["clients/participated"].shape == (3, NUM_CLIENTS)
             assert file["clients/participated"].dtype == np.bool_
+
+    def test_outcomes_are_text_to_a_reader(self, tmp_path: Path) -> None:
+        writer = ResultsWriter(tmp_path / "results.h5", make_info())
+        writer.add(make_row(client_outcome=np.array([USED, ABOVE_BOUND, ABSENT], "S16")))
+        writer.write()
+        outcome = read_results(tmp_path / "results.h5").clients["outcome"]
+        assert outcome.tolist() == [["used", "above bound", "absent"]]
+
+    def test_every_outcome_fits_into_its_column(self) -> None:
+        assert np.array(OUTCOMES, "S16").astype("U").tolist() == list(OUTCOMES)
 
     def test_no_round_yet(self, tmp_path: Path) -> None:
         write_rounds(tmp_path / "results.h5", 0)
@@ -157,6 +178,7 @@ class TestRoundTrip:
         assert writer.rows[0].client_train_loss.tolist() == [0, 0, 0]
 
 
+OUTCOMES = (ABSENT, USED, NOT_FINITE, ABOVE_BOUND, NOT_CHOSEN)
 floats = st.floats(width=64)
 counts = st.integers(0, 2**63 - 1)
 by_kind: dict[tuple[str, str], st.SearchStrategy[Any]] = {
@@ -167,6 +189,9 @@ by_kind: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("int64", "clients"): st.lists(counts, min_size=NUM_CLIENTS, max_size=NUM_CLIENTS).map(np.array),
     ("float64", "clients"): st.lists(floats, min_size=NUM_CLIENTS, max_size=NUM_CLIENTS).map(np.array),
     ("bool", "clients"): st.lists(st.booleans(), min_size=NUM_CLIENTS, max_size=NUM_CLIENTS).map(np.array),
+    ("S16", "clients"): st.lists(st.sampled_from(OUTCOMES), min_size=NUM_CLIENTS, max_size=NUM_CLIENTS).map(
+        lambda outcomes: np.array(outcomes, "S16")
+    ),
 }
 any_row = st.builds(RoundRow, **{c.name: by_kind[c.dtype, c.axis] for c in COLUMNS})
 
@@ -194,6 +219,7 @@ class TestRefusals:
             ({"stage": "warm-up"}, "stage must be one of initiating, annealing"),
             ({"module_ranks": (1,)}, r"module_ranks of round 3 must have shape \(2,\), got \(1,\)"),
             ({"client_train_s": np.zeros(2)}, "client_train_s of round 3"),
+            ({"client_outcome": np.zeros(4, "S16")}, "client_outcome of round 3"),
             ({"train_loss": np.zeros(2)}, "train_loss of round 3"),
         ],
     )
@@ -224,16 +250,17 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="must be a complete file"):
             read_results(path)
 
-    def test_foreign_and_newer_files(self, tmp_path: Path) -> None:
+    def test_foreign_older_and_newer_files(self, tmp_path: Path) -> None:
         path = tmp_path / "results.h5"
         with h5py.File(path, "w") as file:
             file["x"] = 1
         with pytest.raises(CheckpointError, match="another HDF5 file"):
             read_results(path)
-        with h5py.File(path, "a") as file:
-            file.attrs["format_version"] = 2
-        with pytest.raises(CheckpointError, match="must be 1, got 2"):
-            read_results(path)
+        for version in (1, 3):
+            with h5py.File(path, "a") as file:
+                file.attrs["format_version"] = version
+            with pytest.raises(CheckpointError, match=f"must be 2, got {version}"):
+                read_results(path)
 
     @pytest.mark.parametrize("name", ["rounds/uplink_bytes", "clients", "label_table"])
     def test_file_without_a_part(self, tmp_path: Path, name: str) -> None:

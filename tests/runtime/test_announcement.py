@@ -46,7 +46,7 @@ def resolve(run_file: Path, *overrides: str) -> ResolvedRun:
         (
             [],
             "A and B trained, rank 4 to 1 (linear, freeze), product aggregation, "
-            "initiating 1 rounds (adapter)",
+            "initiating 1 round (adapter)",
         ),
         (["federation.method=fedavg"], "the whole model trained"),
         (["federation.method=scaffold"], "the whole model trained, equal weights, control variates"),

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import support
+from safetensors.torch import load_file
 
+from mpifedlora.core.privacy import spent_epsilon
 from mpifedlora.errors import AdapterError, ConfigError, DataError, MpiFedLoraError
 from mpifedlora.io.results import read_results
-from mpifedlora.runtime import launch
+from mpifedlora.runtime import launch, worker
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "mpifedlora"]
@@ -173,7 +176,256 @@ def test_a_diverging_client_is_left_out_and_named(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "run", *settings, "training.grad_clip=0") == 0
     results = read_results(tmp_path / "run" / "results.h5")
     assert results.rounds["num_participants"].min() == 0
+    assert set(results.clients["outcome"][results.rounds["num_participants"] == 0].flat) == {"not finite"}
     assert "is not finite and was left out" in capsys.readouterr().out
+
+
+# one client that sends something else
+
+
+def spoil(monkeypatch, client_id, round_num, change):
+    """Let one client of one round send something else than it has trained."""
+    train_client = worker.train_client
+
+    def spoiled(model, task, examples, settings, plan, its_id, values, memory):
+        result = train_client(model, task, examples, settings, plan, its_id, values, memory)
+        if (its_id, plan.round_num) != (client_id, round_num):
+            return result
+        change(values, result.memory)
+        return replace(result, is_finite=bool(values.isfinite().all()))
+
+    monkeypatch.setattr(worker, "train_client", spoiled)
+
+
+def fill_with_nan(values, memory):
+    for tensor in (values, *memory.values()):
+        tensor.fill_(np.nan)
+
+
+def outcomes_but(round_num, client_id, outcome, num_rounds=4):
+    table = np.full((num_rounds, 4), "used", dtype="U16")
+    table[round_num - 1, client_id] = outcome
+    return table.tolist()
+
+
+@pytest.mark.parametrize("method", ["sa-fedlora", "fedsa-lora", "fedavg"])
+def test_a_client_whose_values_are_no_numbers_is_left_out_of_its_round_alone(
+    folder, tmp_path, capsys, monkeypatch, method
+):
+    spoil(monkeypatch, 1, 2, fill_with_nan)
+    assert run(folder, tmp_path / "run", f"federation.method={method}") == 0
+    results = read_results(tmp_path / "run" / "results.h5")
+    assert results.clients["outcome"].tolist() == outcomes_but(2, 1, "not finite")
+    assert results.rounds["num_participants"].tolist() == [4, 3, 4, 4]
+    assert results.clients["participated"].sum(axis=1).tolist() == [4, 3, 4, 4]
+    assert np.isnan(results.clients["train_loss"]).sum() == 1
+    assert np.isfinite(results.rounds["train_loss"]).all()
+    assert np.isfinite(results.rounds["eval_loss"]).all()
+    printed = capsys.readouterr().out
+    assert printed.count("warning:") == 1
+    assert "warning: round 2: the update of client 1 is not finite and was left out" in printed
+
+
+def test_an_update_above_the_bound_is_left_out_of_its_round_alone(folder, tmp_path, capsys, monkeypatch):
+    spoil(monkeypatch, 2, 3, lambda values, memory: values.mul_(1e3))
+    assert run(folder, tmp_path / "run", "aggregation.norm_bound=100") == 0
+    results = read_results(tmp_path / "run" / "results.h5")
+    assert results.clients["outcome"].tolist() == outcomes_but(3, 2, "above bound")
+    assert results.clients["num_examples"][2].tolist()[2] == 0
+    printed = capsys.readouterr().out
+    assert "warning: round 3: the update of client 2 is above aggregation.norm_bound" in printed
+
+
+def test_where_all_updates_are_refused_the_model_stays(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "run", "aggregation.norm_bound=1e-9") == 0
+    results = read_results(tmp_path / "run" / "results.h5")
+    assert set(results.clients["outcome"].flat) == {"above bound"}
+    assert not results.clients["participated"].any()
+    assert results.rounds["num_participants"].tolist() == [0, 0, 0, 0]
+    assert np.isnan(results.rounds["train_loss"]).all()
+    for measured in ("eval_accuracy", "eval_loss", "eval_macro_f1"):
+        assert len(set(results.rounds[measured])) == 1
+    assert results.rounds["module_ranks"][:, 0].tolist() == [4, 3, 2, 1]  # planned cuts are made
+    printed = capsys.readouterr().out
+    assert printed.count("is above aggregation.norm_bound and was left out") == 16
+    for round_num in (1, 2, 3, 4):
+        assert f"warning: round {round_num}: no update could be used" in printed
+
+
+def test_krum_says_whom_it_has_not_chosen(folder, tmp_path, monkeypatch):
+    spoil(monkeypatch, 0, 2, lambda values, memory: values.add_(10))
+    settings = ("aggregation.robust=multi-krum", "aggregation.num_byzantine=0", "federation.num_rounds=2")
+    assert run(folder, tmp_path / "run", *settings) == 0
+    outcome = read_results(tmp_path / "run" / "results.h5").clients["outcome"]
+    # Of four updates two are kept in each round, and never the spoiled one.
+    assert [sorted(row) for row in outcome.tolist()] == [["not chosen"] * 2 + ["used"] * 2] * 2
+    assert outcome[1, 0] == "not chosen"
+
+
+# what clients keep
+
+
+def last_used(results):
+    """By client id, the last round whose update was used; 0 for none."""
+    used = results.clients["outcome"] == "used"
+    rounds = results.rounds["round_num"][:, None] * used
+    return rounds.max(axis=0).tolist()
+
+
+def file_names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("measured_on", ["server", "workers"])
+def test_personal_runs_leave_what_each_client_has_kept_last(folder, tmp_path, capsys, measured_on):
+    out = tmp_path / "run"
+    settings = ("federation.method=fedsa-lora", "federation.cohort_size=2", "federation.num_rounds=3")
+    assert run(folder, out, *settings, f"evaluation.on={measured_on}") == 0
+    results = read_results(out / "results.h5")
+    assert (results.info.eval_model, results.info.is_private, results.info.reproducible) == (
+        "personal",
+        False,
+        True,
+    )
+    last = last_used(results)
+    assert sorted(set(last)) != [3]  # else nothing older would be kept
+    assert (results.clients["outcome"] == "used").sum(axis=1).tolist() == [2, 2, 2]
+    assert set(results.clients["outcome"].flat) == {"used", "absent"}
+    kept = [(client, round_num) for client, round_num in enumerate(last) if round_num]
+    assert file_names(out / "client_states") == [
+        f"client-{client:05d}.round-{round_num:05d}.safetensors" for client, round_num in kept
+    ]
+    assert file_names(out / "client_adapters") == [f"client-{client:05d}" for client, _ in kept]
+    for name in file_names(out / "client_adapters"):
+        assert file_names(out / "client_adapters" / name) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+    assert file_names(out) == ["client_adapters", "client_states", "results.h5", "run.toml"]
+    assert np.isnan(results.rounds["aggregation_error"]).all()
+    assert "client_adapters" in capsys.readouterr().out
+
+
+def test_personal_models_measure_alike_on_server_and_workers(folder, tmp_path):
+    rounds = []
+    for place in ("server", "workers"):
+        settings = ("federation.method=fedsa-lora", "federation.num_rounds=2", f"evaluation.on={place}")
+        run(folder, tmp_path / place, *settings)
+        rounds.append(read_results(tmp_path / place / "results.h5").rounds)
+    for measured in ("eval_accuracy", "eval_loss", "eval_macro_f1"):
+        assert rounds[0][measured].tolist() == rounds[1][measured].tolist()
+
+
+def test_a_refused_client_goes_on_from_the_state_that_was_committed(folder, tmp_path, monkeypatch):
+    spoil(monkeypatch, 1, 2, fill_with_nan)
+    out = tmp_path / "run"
+    assert run(folder, out, "federation.method=fedsa-lora", "federation.num_rounds=2") == 0
+    assert last_used(read_results(out / "results.h5")) == [2, 1, 2, 2]
+    committed = load_file(out / "client_states" / "client-00001.round-00001.safetensors")
+    exported = load_file(out / "client_adapters" / "client-00001" / "adapter_model.safetensors")
+    own_b = [tensor.flatten().tolist() for name, tensor in exported.items() if ".lora_B." in name]
+    assert sorted(sum(own_b, [])) == sorted(committed["personal"].tolist())
+
+
+def test_scaffold_commits_one_variate_a_client(folder, tmp_path):
+    out = tmp_path / "run"
+    assert run(folder, out, "federation.method=scaffold", "federation.num_rounds=2") == 0
+    names = [f"client-{client:05d}.round-00002.safetensors" for client in range(4)]
+    assert file_names(out / "client_states") == names
+    assert set(load_file(out / "client_states" / names[0])) == {"variate"}
+    assert file_names(out) == ["base_model", "client_states", "results.h5", "run.toml"]
+
+
+def test_a_new_run_takes_away_what_the_clients_of_the_old_one_kept(folder, tmp_path):
+    out, short = tmp_path / "run", ("federation.num_rounds=1", "initiating.rounds=0")
+    run(folder, out, "federation.method=fedsa-lora", *short)
+    assert run(folder, out, *short, overwrite=True) == 0
+    assert file_names(out) == ["adapter", "results.h5", "run.toml"]
+
+
+# privacy
+
+
+DP = (
+    "federation.method=ffa-lora",
+    "federation.num_rounds=3",
+    "privacy.clip_norm=0.5",
+    "privacy.noise_multiplier=1.0",
+    "aggregation.weights=equal",
+    "federation.sampling=poisson",
+    "federation.cohort_size=2",
+)
+
+
+def adapter_bytes(out):
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_private_run_tells_what_it_has_spent_and_claims_no_reproducibility(folder, tmp_path):
+    pytest.importorskip("dp_accounting")
+    for name in "ab":
+        assert run(folder, tmp_path / name, *DP) == 0
+    results = read_results(tmp_path / "a" / "results.h5")
+    epsilon = results.rounds["epsilon"]
+    assert np.isfinite(epsilon).all()
+    assert (np.diff(epsilon) > 0).all()
+    assert epsilon[0] > 0
+    assert epsilon[-1] == pytest.approx(spent_epsilon(3, 0.5, 1.0, 1e-5))
+    assert (results.info.is_private, results.info.reproducible) == (True, False)
+    assert adapter_bytes(tmp_path / "a") != adapter_bytes(tmp_path / "b")
+
+
+def test_a_fixed_noise_seed_repeats_the_bits_and_is_not_private(folder, tmp_path):
+    pytest.importorskip("dp_accounting")
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run(folder, tmp_path / name, *DP, f"privacy.noise_seed={seed}") == 0
+    first, again, other = (read_results(tmp_path / name / "results.h5") for name in "abc")
+    assert (first.info.is_private, first.info.reproducible) == (False, True)
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b") != adapter_bytes(tmp_path / "c")
+    for name in ("train_loss", "eval_loss", "epsilon", "uplink_bytes", "num_participants"):
+        np.testing.assert_array_equal(first.rounds[name], again.rounds[name])
+    assert first.clients["outcome"].tolist() == again.clients["outcome"].tolist()
+    # The cohorts are of the run's seed, which is the same.
+    assert first.clients["outcome"].tolist() == other.clients["outcome"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "epsilon"),
+    [(("federation.method=ffa-lora", *DP[2:3], *DP[4:5]), np.inf), (("federation.method=ffa-lora",), np.nan)],
+    ids=["clipped", "neither"],
+)
+def test_without_noise_nothing_is_private(folder, tmp_path, settings, epsilon):
+    pytest.importorskip("dp_accounting")
+    run(folder, tmp_path / "run", *settings, "federation.num_rounds=1")
+    results = read_results(tmp_path / "run" / "results.h5")
+    np.testing.assert_array_equal(results.rounds["epsilon"], [epsilon])
+    assert (results.info.is_private, results.info.reproducible) == (False, True)
+
+
+def test_a_round_without_any_client_is_told_and_changes_nothing(folder, tmp_path, capsys):
+    settings = (
+        "federation.method=fedit",
+        "federation.sampling=poisson",
+        "federation.cohort_size=1",
+        "federation.num_rounds=10",
+        "training.local_steps=1",
+    )
+    assert run(folder, tmp_path / "run", *settings) == 0
+    results = read_results(tmp_path / "run" / "results.h5")
+    empty = np.flatnonzero(results.rounds["num_participants"] == 0)
+    assert 0 < len(empty) < 10
+    assert set(results.clients["outcome"][empty].flat) == {"absent"}
+    assert not results.rounds["uplink_bytes"][empty].any()
+    assert not results.rounds["downlink_bytes"][empty].any()
+    later = [number for number in empty if number]
+    assert results.rounds["eval_loss"][later].tolist() == [
+        results.rounds["eval_loss"][number - 1] for number in later
+    ]
+    printed = capsys.readouterr().out
+    for number in empty:
+        assert (
+            f"warning: round {number + 1}: no client took part; the global state stays as it was" in printed
+        )
 
 
 @pytest.mark.slow

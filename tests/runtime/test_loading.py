@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support import flatten
 
 from mpifedlora import load_base_model
 from mpifedlora.errors import AdapterError, CheckpointError
@@ -24,6 +25,29 @@ RUNS = {
     "stock": ["model.head=stock", "federation.method=fedit", "lora.dropout=0.1"],
     "fedavg": ["federation.method=fedavg"],
     "bfloat16": ["model.dtype=bfloat16", "initiating.scope=full"],
+    "fedex": ["federation.method=fedex-lora"],
+    "flora": ["federation.method=flora", "lora.client_ranks=[1, 4]", "federation.cohort_size=3"],
+    "residual-annealed": ["federation.method=custom", "aggregation.kind=residual", "initiating.scope=full"],
+    "flora-workers": ["federation.method=flora", "evaluation.on=workers"],
+    "ffa": ["federation.method=ffa-lora"],
+    "rolora-workers": ["federation.method=rolora", "evaluation.on=workers", "federation.cohort_size=2"],
+    "fedavg-workers": [
+        "federation.method=fedavg",
+        "aggregation.kind=residual",
+        "evaluation.on=workers",
+    ],
+}
+PERSONAL = {
+    "fedsa": ["federation.method=fedsa-lora"],
+    "fedsa-workers": ["federation.method=fedsa-lora", "evaluation.on=workers", "federation.cohort_size=3"],
+    "own-head": [
+        "federation.method=custom",
+        "training.personal=b-and-head",
+        "evaluation.model=personal",
+        "aggregation.kind=factors",
+        "annealing.schedule=constant",
+        "initiating.rounds=0",
+    ],
 }
 
 
@@ -32,6 +56,7 @@ class Finished:
 
     def __init__(self, out, replica, coordinator):
         self.out = out
+        self.replica, self.coordinator = replica, coordinator
         self.evaluation = replica.evaluation
         self.accuracy = read_results(out / "results.h5").rounds["eval_accuracy"][-1]
         everything = np.arange(len(self.evaluation.labels))
@@ -70,7 +95,7 @@ def finished(tiny_folder, tiny_run_file, tmp_path_factory):
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(federation, "_export", spy)
-                assert run(tiny_run_file, [*FEW_ROUNDS, *RUNS[name]], out, False) == 0
+                assert run(tiny_run_file, [*FEW_ROUNDS, *{**RUNS, **PERSONAL}[name]], out, False) == 0
             runs[name] = Finished(out, *seen[0])
         return runs[name]
 
@@ -85,6 +110,45 @@ def test_the_loaded_model_gives_the_federated_logits(finished, name):
     logits = done.logits_of(loaded)
     assert (logits - done.logits).abs().max() <= 1e-5
     assert (logits.argmax(dim=1) == done.labels).float().mean().item() == pytest.approx(done.accuracy)
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+def test_each_clients_adapter_gives_its_logits(finished, name):
+    done = finished(name)
+    model, plan = done.replica.model, done.coordinator.next_plan
+    shared = plan.layout(model.shapes)
+    predicted = np.full(len(done.labels), -1)
+    seen = []
+    for client_id, round_num in enumerate(done.coordinator.state_rounds):
+        assert round_num > 0  # three rounds of three clients of four: all have trained
+        folder = done.out / "client_adapters" / f"client-{client_id:05d}"
+        logits = done.logits_of(PeftModel.from_pretrained(load_base_model(done.out), folder))
+        # The global A and head, and what the client's own file holds of the round that was finished last.
+        file = done.out / "client_states" / f"client-{client_id:05d}.round-{round_num:05d}.safetensors"
+        kept = load_file(file)["personal"]
+        own = plan.personal_layout(model.shapes, client_id)
+        b = [part.b for part in own.factors(kept)]
+        pairs = [(part.a, b) for part, b in zip(shared.factors(done.coordinator.state), b, strict=True)]
+        head = own.whole_tensors(kept) or shared.whole_tensors(done.coordinator.state)
+        model.bind(plan, flatten(pairs, head), client_id=client_id)
+        model.train(False)
+        with torch.no_grad():
+            assert (model(done.batch) - logits).abs().max() <= 1e-5
+        (share,) = (part.indices for part in done.evaluation.shares if part.client_id == client_id)
+        predicted[share] = logits[share].argmax(dim=1)
+        seen.append(logits)
+    assert (predicted == done.labels.numpy()).mean() == pytest.approx(done.accuracy)
+    assert all((seen[0] - other).abs().max() > 1e-3 for other in seen[1:])
+
+
+@pytest.mark.parametrize("name", ["fedex", "flora", "freeze"])
+def test_only_what_goes_into_the_base_is_left_behind_as_base_weights(finished, name):
+    done = finished(name)
+    file = done.out / "base_model" / "model.safetensors"
+    assert file.exists() == (name != "freeze")
+    if name != "freeze":
+        modules = {f"{module.name}.weight" for module in done.replica.model.shapes.modules}
+        assert set(load_file(file)) == modules
 
 
 @pytest.mark.parametrize("name", ["freeze", "full-then-adapter"])
@@ -113,6 +177,8 @@ def test_a_dropped_run_exports_the_last_rank(finished):
         ("freeze", {"adapter", "results.h5", "run.toml"}),
         ("full-then-adapter", {"adapter", "base_model", "results.h5", "run.toml"}),
         ("fedavg", {"base_model", "results.h5", "run.toml"}),
+        ("flora", {"adapter", "base_model", "results.h5", "run.toml"}),
+        ("fedsa", {"client_adapters", "client_states", "results.h5", "run.toml"}),
     ],
 )
 def test_what_is_left_behind(finished, name, left_behind):

@@ -51,6 +51,7 @@ def make_row(round_num: int, **changes: Any) -> RoundRow:
         "client_train_loss": np.zeros(2),
         "client_train_s": np.zeros(2),
         "client_participated": np.ones(2, np.bool_),
+        "client_outcome": np.full(2, "used", "S16"),
         "eval_accuracy": 0.512,
         "eval_macro_f1": 0.4,
     }

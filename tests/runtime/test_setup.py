@@ -1,15 +1,14 @@
+import numpy as np
 import pytest
 import torch
-from support import make_run_file
+from support import flatten, random_values
 
-from mpifedlora.core.plan import ABSENT
-from mpifedlora.errors import AdapterError
+from mpifedlora.core.partition import label_table
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.errors import AdapterError, ConfigError
 from mpifedlora.io.model_files import check_targets
 from mpifedlora.io.run_file import read_run_file
-from mpifedlora.runtime.method import build_switches
-from mpifedlora.runtime.setup import choose_threads, model_path, read_data
-
-SIZES = [10, 0, 7, 40]
+from mpifedlora.runtime.setup import build_replica, choose_device, choose_threads, model_path, read_data
 
 
 def config_of(run_file, *overrides):
@@ -33,6 +32,24 @@ DEVICES = {
 }
 
 
+@pytest.mark.parametrize(("visible_and_workers", "expected"), DEVICES.items())
+def test_gpus_go_to_the_workers_in_turn_and_the_server_takes_one_that_is_left(visible_and_workers, expected):
+    num_visible, num_workers = visible_and_workers
+    assert [
+        choose_device("auto", num_visible, index, num_workers) for index in range(num_workers + 1)
+    ] == expected
+    assert {choose_device("cpu", num_visible, index, num_workers) for index in range(num_workers + 1)} == {
+        "cpu"
+    }
+
+
+def test_cuda_needs_a_gpu_for_every_worker_but_none_for_the_server():
+    assert choose_device("cuda", 1, 0, 2) == choose_device("cuda", 1, 1, 2) == "cuda:0"
+    assert choose_device("cuda", 0, 2, 2) == "cpu"
+    with pytest.raises(ConfigError, match=r"needs a GPU on every worker, got none \(worker 1"):
+        choose_device("cuda", 0, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("requested", "num_cores", "num_sharing", "expected"),
     [
@@ -49,73 +66,7 @@ def test_threads_are_a_share_of_the_cores(requested, num_cores, num_sharing, exp
     assert choose_threads(requested, num_cores, num_sharing) == expected
 
 
-# switches
-
-
-def switches_of(run_file, *overrides, num_workers=2):
-    return build_switches(config_of(run_file, *overrides), SIZES, num_workers)
-
-
-def test_learning_rates_follow_scope_and_schedule(tiny_run_file):
-    switches = switches_of(
-        tiny_run_file,
-        "training.learning_rate=0.1",
-        "training.full_learning_rate=0.01",
-        "training.learning_rate_schedule=linear",
-    )
-    assert [switches.learning_rate(t, "adapter") for t in (1, 2, 3, 4)] == pytest.approx(
-        [0.1, 0.075, 0.05, 0.025]
-    )
-    assert switches.learning_rate(3, "full") == pytest.approx(0.005)
-    constant = switches_of(tiny_run_file, "training.learning_rate_schedule=constant")
-    assert {constant.learning_rate(t, "adapter") for t in (1, 2, 3, 4)} == {0.01}
-
-
-def test_mu_belongs_to_the_stages(tiny_run_file):
-    stages = ["federation.method=custom", "initiating.rounds=3", "initiating.mu=0.5", "training.mu=0.25"]
-    constant = switches_of(tiny_run_file, *stages)
-    assert [constant.mu(t) for t in (1, 2, 3, 4)] == [0.5, 0.5, 0.5, 0.25]
-    linear = switches_of(tiny_run_file, *stages, "initiating.mu_schedule=linear")
-    assert [linear.mu(t) for t in (1, 2, 3, 4)] == pytest.approx([0.5, 0.25, 0.0, 0.25])
-
-
-def test_schedule_scope_and_cut_come_from_the_run_file(tiny_run_file):
-    switches = switches_of(tiny_run_file, "initiating.scope=full", "annealing.cut=drop")
-    assert (switches.initiating_scope, switches.scope, switches.freezes) == ("full", "adapter", False)
-    assert [switches.schedule.budget(t) for t in (1, 2, 3, 4)] == [4, 3, 2, 1]
-    assert [switches.schedule.stage(t) for t in (1, 2)] == ["initiating", "annealing"]
-    whole = switches_of(tiny_run_file, "federation.method=fedavg")
-    assert whole.scope == "full"
-    assert whole.schedule.stage(1) == "annealing"
-    assert switches_of(tiny_run_file).freezes
-
-
-def test_clients_without_examples_never_train(tiny_run_file):
-    workers = switches_of(tiny_run_file).choose_workers(1)
-    assert len(workers) == 4
-    assert workers[1] == ABSENT
-    assert {workers[client] for client in (0, 2, 3)} == {0, 1}
-
-
-def test_cohorts_are_drawn_anew_each_round_and_the_same_for_any_workers(tiny_run_file):
-    overrides = ["federation.cohort_size=2", "federation.num_rounds=20"]
-    cohorts = []
-    for num_workers in (1, 3):
-        choose = switches_of(tiny_run_file, *overrides, num_workers=num_workers).choose_workers
-        plans = [choose(t) for t in range(1, 21)]
-        assert all(max(plan) < num_workers for plan in plans)
-        cohorts.append([tuple(i for i, worker in enumerate(plan) if worker != ABSENT) for plan in plans])
-    assert cohorts[0] == cohorts[1]
-    assert all(len(cohort) == 2 for cohort in cohorts[0])
-    assert set(cohorts[0]) == {(0, 2), (0, 3), (2, 3)}
-
-
-def test_clients_are_spread_by_their_load(tiny_run_file, tmp_path):
-    even = switches_of(tiny_run_file, num_workers=3).choose_workers(1)
-    assert sorted(even[client] for client in (0, 2, 3)) == [0, 1, 2]
-    run_file = make_run_file(tmp_path, "[training]\nlocal_epochs = 1\n")
-    by_size = switches_of(run_file, num_workers=2).choose_workers(1)
-    assert by_size[0] == by_size[2] != by_size[3]  # 10 and 7 examples here, 40 there
+# data and model
 
 
 def test_data_is_shared_out_completely(tiny_run_file):
@@ -125,6 +76,75 @@ def test_data_is_shared_out_completely(tiny_run_file):
     assert owned == list(range(len(data.dataset.train)))
     assert data.label_table().sum() == len(owned)
     assert data.eligible == [client for client, part in enumerate(data.parts) if len(part)]
+
+
+def replica_of(run_file, folder, *overrides):
+    config = config_of(run_file, *overrides)
+    return build_replica(config, read_data(config), "cpu", folder / "client_states")
+
+
+def test_every_example_of_the_test_part_is_measured_with_the_global_model(tiny_run_file, tmp_path):
+    replica = replica_of(
+        tiny_run_file, tmp_path, "data.validation_fraction=0.25", "privacy.clip_norm=0.5", *FFA
+    )
+    (share,) = replica.evaluation.shares
+    assert share.client_id is None
+    assert share.indices.tolist() == list(range(len(replica.data.dataset.test)))
+    assert list(replica.evaluation.texts) == list(replica.data.dataset.test.texts)
+    assert list(replica.held_out.texts) == list(replica.data.dataset.validation.texts)
+    assert len(replica.held_out.labels) == 24  # a quarter of 120 less 24 of testing
+    assert replica.settings.clip_norm == 0.5
+    assert not (tmp_path / "client_states").exists()
+
+
+FFA = ("federation.method=ffa-lora", "aggregation.weights=equal")
+
+
+def test_personal_models_share_the_test_part_out_by_their_mix_of_labels(tiny_run_file, tmp_path):
+    replica = replica_of(tiny_run_file, tmp_path, "federation.method=fedsa-lora", "data.alpha=0.1")
+    shares = replica.evaluation.shares
+    assert [share.client_id for share in shares] == [0, 1, 2, 3]
+    measured = np.concatenate([share.indices for share in shares])
+    assert sorted(measured.tolist()) == list(range(len(replica.data.dataset.test)))
+    owned = replica.data.label_table()
+    shared = label_table([share.indices for share in shares], replica.evaluation.labels, 3)
+    proportional = owned / owned.sum(axis=0) * np.bincount(replica.evaluation.labels, minlength=3)
+    assert (abs(shared - proportional) < 1).all()
+    # Measured with a quarter of the examples: it is a share of those.
+    fewer = replica_of(tiny_run_file, tmp_path, "federation.method=fedsa-lora", "evaluation.max_examples=6")
+    assert sorted(np.concatenate([share.indices for share in fewer.evaluation.shares])) == list(range(6))
+
+
+def test_a_personal_adapter_is_the_global_a_with_the_clients_own_part(tiny_run_file, tmp_path):
+    replica = replica_of(tiny_run_file, tmp_path, "federation.method=fedsa-lora")
+    shapes = replica.model.shapes
+    plan = RoundPlan(
+        2, "annealing", "adapter", (4,) * 12, (0,) * 12, (0,) * 4, state_rounds=(0, 1, 0, 0), keeps_b=True
+    )
+    replica.model.state = random_values(plan.layout(shapes).num_values)
+    own = plan.personal_layout(shapes, 1)
+    kept = random_values(own.num_values, seed=1)
+    replica.memory.store.write(1, 1, {"personal": kept})
+    factors, head = replica.personal_adapter(plan, 1)
+    expected = plan.layout(shapes).factors(replica.model.state)
+    assert all(torch.equal(got.a, wanted.a) for got, wanted in zip(factors, expected, strict=True))
+    assert torch.equal(flatten([(part.b,) for part in factors], []), kept)
+    assert torch.equal(flatten([], head), plan.layout(shapes).whole_values(replica.model.state))
+    assert (tmp_path / "client_states").is_dir()
+
+
+def test_examples_are_tokenised_when_a_client_is_first_trained(tiny_run_file, tmp_path, monkeypatch):
+    replica = replica_of(tiny_run_file, tmp_path)
+    calls = []
+    encode = replica.task.encode
+    monkeypatch.setattr(replica.task, "encode", lambda *given: calls.append(1) or encode(*given))
+    examples_of = replica.examples_of()
+    assert calls == []
+    first = examples_of(2)
+    assert examples_of(2) is first
+    assert len(calls) == 1
+    owned = replica.data.parts[2]
+    assert first.labels.tolist() == replica.data.dataset.train.labels[owned].tolist()
 
 
 def test_a_model_name_is_a_path_or_a_hub_name(tiny_model_folder):
