@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from mpifedlora.core.layout import AdapterLayout, ModelShapes, Parts
+import numpy as np
+import numpy.typing as npt
+
+from mpifedlora.core.layout import DENSE, AdapterLayout, ModelShapes, Parts
 from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, downlink_header_bytes
 from mpifedlora.core.wire import VALUE_BYTES, ClientUpdate
 
@@ -27,17 +31,14 @@ class Ledger:
     """
 
     def __init__(self, num_clients: int) -> None:
-        self.once: list[int] = []  # values of everything that went out once, in order
+        self.once: list[_Once] = []  # values of everything that went out once, in order
         self.heard = [0] * num_clients  # how many of those each client has received
         self.changed = dict.fromkeys(_FACTORS, 0)  # the round that last sent each factor
         self.joined = [0] * num_clients  # the round each client last took part in
 
     def count_downlink(self, plan: RoundPlan, shapes: ModelShapes) -> int:
         """Return the downlink bytes of a round, and note what its cohort has now received."""
-        parts = plan.segments(shapes)
-        sent_once = parts.base.num_values + parts.frozen.num_values + parts.maps.num_values
-        if sent_once:
-            self.once.append(sent_once)
+        self.once.append(_Once.of(plan, shapes))
         for factor in _FACTORS:
             if plan.restarts:
                 self.changed[factor] = 0
@@ -50,7 +51,7 @@ class Ledger:
         return len(plan.cohort) * header + VALUE_BYTES * values
 
     def _values(self, plan: RoundPlan, shapes: ModelShapes, client_id: int) -> int:
-        missed = sum(self.once[self.heard[client_id] :])
+        missed = _once_values(self.once[self.heard[client_id] :], shapes)
         if not plan.sends_state:
             return missed
         shared = plan.shared_layout(shapes, client_id)
@@ -62,6 +63,35 @@ class Ledger:
     def _state_values(self, layout: AdapterLayout, client_id: int) -> int:
         due = (factor for factor in _FACTORS if self.changed[factor] > self.joined[client_id])
         return layout.num_values + sum(replace(layout, parts=factor).factor_values for factor in due)
+
+
+class _Once(NamedTuple):
+    """Values of what one message holds once: base weights and maps, and frozen parts by module."""
+
+    others: int
+    frozen: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(plan: RoundPlan, shapes: ModelShapes) -> _Once:
+        parts = plan.segments(shapes)
+        sides, whole = _sides_and_whole(shapes)
+        ranks = np.array(plan.frozen_ranks, np.int64)
+        return _Once(
+            parts.base.num_values + parts.maps.num_values, np.where(ranks == DENSE, whole, ranks * sides)
+        )
+
+
+def _sides_and_whole(shapes: ModelShapes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    sizes = np.array([module[1:] for module in shapes.modules], np.int64).reshape(-1, 2)
+    return sizes.sum(axis=1), sizes.prod(axis=1)
+
+
+def _once_values(missed: Sequence[_Once], shapes: ModelShapes) -> int:
+    """Count the last message as it is; of those before, a module's sum is one matrix where that is less."""
+    *before, last = missed
+    earlier = sum((one.frozen for one in before), np.zeros_like(last.frozen))
+    frozen = last.frozen + np.minimum(earlier, _sides_and_whole(shapes)[1])
+    return int(sum(one.others for one in missed) + frozen.sum())
 
 
 def count_uplink(updates: Sequence[ClientUpdate]) -> int:

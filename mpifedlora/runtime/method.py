@@ -127,7 +127,7 @@ def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
     chosen = config.server_optimizer
     if chosen.kind == "none":
         return None
-    default = 1.0 if chosen.kind == "momentum" else 1e-3
+    default = 1.0 if chosen.kind == "momentum" else 1e-2
     rate = chosen.learning_rate or default
     return ServerOptimizer(chosen.kind, rate, chosen.beta1, chosen.beta2, chosen.tau)
 

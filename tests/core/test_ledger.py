@@ -245,19 +245,39 @@ def assert_is_drawn(played: Played) -> None:
     assert torch.equal(drawn[:-HEAD], played.state[:-HEAD])
 
 
+def frozen_values(plan: RoundPlan) -> list[int]:
+    """Values of each module's frozen part in a message."""
+    sides = [(module.out_features + module.in_features) for module in SHAPES.modules]
+    pairs = zip(plan.frozen_ranks, sides, WHOLE_MATRICES, strict=True)
+    return [whole if rank == DENSE else rank * side for rank, side, whole in pairs]
+
+
+WHOLE_MATRICES = [module.out_features * module.in_features for module in SHAPES.modules]
+
+
 def values_lacking(rounds: Sequence[Played]) -> list[int]:
-    """Downlink values of each round, client by client, by what differs and what went out once."""
+    """Downlink values of each round, client by client, by what differs and what went out once.
+
+    What a client missed of a module's frozen parts comes as one matrix where that is less.
+    """
     held = [own_factors(rounds[0], client) for client in range(NUM_CLIENTS)]
     waiting, totals = [0] * NUM_CLIENTS, []
+    missed = [[0] * len(SHAPES.modules) for _ in range(NUM_CLIENTS)]
     for played in rounds:
-        once = sum(segment.num_values for segment in played.plan.segments(SHAPES)[:3])
-        waiting, total = [values + once for values in waiting], 0
+        parts, frozen, total = played.plan.segments(SHAPES), frozen_values(played.plan), 0
+        assert parts.frozen.num_values == sum(frozen)
+        waiting = [values + parts.base.num_values + parts.maps.num_values for values in waiting]
         if played.plan.restarts:  # everybody knows the seed
             assert_is_drawn(played)
             held = [own_factors(played, client) for client in range(NUM_CLIENTS)]
-        for client in played.plan.cohort:
-            total += waiting[client] + lacking(played, client, held[client])
+        for client in range(NUM_CLIENTS):
+            if client not in played.plan.cohort:
+                missed[client] = [sum(pair) for pair in zip(missed[client], frozen, strict=True)]
+                continue
+            total += waiting[client] + lacking(played, client, held[client]) + sum(frozen)
+            total += sum(map(min, missed[client], WHOLE_MATRICES))
             waiting[client], held[client] = 0, own_factors(played, client)
+            missed[client] = [0] * len(SHAPES.modules)
         totals.append(total)
     return totals
 

@@ -78,7 +78,7 @@ def plans(draw: st.DrawFn, num_modules: int | None = None) -> RoundPlan:
         return many(number, lowest, highest) if number and draw(st.booleans()) else ()
 
     scope = draw(st.sampled_from(SCOPES))
-    flags = {name: draw(st.booleans()) for name in FLAGS}
+    flags: dict[str, Any] = {name: draw(st.booleans()) for name in FLAGS}
     flags["keeps_b"] &= scope == "adapter"
     flags["keeps_head"] &= flags["keeps_b"]
     return RoundPlan(
@@ -130,7 +130,8 @@ def test_every_field_is_packed() -> None:
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_is_none_of_the_others(name: str) -> None:
-    bare = replace(PLAN, **dict.fromkeys(FLAGS, False))
+    off: dict[str, Any] = dict.fromkeys(FLAGS, False)
+    bare = replace(PLAN, **off)
     got = RoundPlan.unpack(replace(bare, **{name: True}).pack(), 2)
     assert [flag for flag in FLAGS if getattr(got, flag)] == [name]
 
@@ -371,7 +372,7 @@ def test_the_parts_of_a_message_are_a_disjoint_cover_in_closed_form(plan: RoundP
 def test_messages_have_their_closed_form_in_every_combination(scope: str) -> None:
     all_kept = [("keeps_b",), ("keeps_b", "keeps_head")] if scope == "adapter" else []
     for parts, flags, kept in product(PARTS, product((False, True), repeat=3), [(), *all_kept]):
-        named = dict(zip(("sends_base", "sends_state", "has_variates"), flags, strict=True))
+        named: dict[str, Any] = dict(zip(("sends_base", "sends_state", "has_variates"), flags, strict=True))
         named |= dict.fromkeys(kept, True)
         plan = replace(PLAN, scope=scope, sends_parts=parts, frozen_ranks=(DENSE, 2), **named)
         assert_is_a_cover(plan)

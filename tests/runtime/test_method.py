@@ -243,7 +243,7 @@ def test_krum_and_the_bound_screen_the_updates(tiny_run_file, kind):
     ("settings", "expected"),
     [
         (["kind=momentum"], ServerOptimizer("momentum", 1.0, 0.9, 0.99, 1e-3)),
-        (["kind=fedyogi"], ServerOptimizer("fedyogi", 1e-3, 0.9, 0.99, 1e-3)),
+        (["kind=fedyogi"], ServerOptimizer("fedyogi", 1e-2, 0.9, 0.99, 1e-3)),
         (
             ["kind=fedadagrad", "learning_rate=0.5", "beta1=0", "beta2=0.5", "tau=0.25"],
             ServerOptimizer("fedadagrad", 0.5, 0.0, 0.5, 0.25),

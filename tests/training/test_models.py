@@ -271,6 +271,15 @@ def test_a_whole_message_is_not_copied(model):
     assert model.start(plan, 0, {}).data_ptr() == message.data_ptr()
 
 
+def test_a_whole_message_is_copied_where_a_partial_one_may_follow(model):
+    plan = make_plan(model, scope="b", sends_state=True, sends_parts="ab")
+    message = random_values(plan.message_values(model.shapes))
+    sent = message.clone()
+    model.receive(plan, message)
+    message.fill_(torch.nan)
+    assert torch.equal(model.state, sent)
+
+
 def test_a_restart_draws_all_factors_anew(model):
     plan, first, _ = first_round(model, "adapter")
     wire, drawn = Wire(model), [first]
