@@ -78,7 +78,7 @@ _PRESETS = (
             "training.optimizer": "sgd",
             "training.momentum": 0.0,
         },
-        defaults={"training.full_learning_rate": 0.05},
+        defaults={"training.full_learning_rate": 0.3},
     ),
     Method(
         "fedadam",

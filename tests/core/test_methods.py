@@ -111,7 +111,7 @@ def test_defaults_apply_where_the_file_is_silent() -> None:
     assert apply_method(choose("fedprox"))[0]["training"]["mu"] == 0.01
     tables, ignored = apply_method(choose("fedprox", training={"mu": 0.3}))
     assert (tables["training"]["mu"], ignored) == (0.3, ())
-    assert apply_method(choose("scaffold"))[0]["training"]["full_learning_rate"] == 0.05
+    assert apply_method(choose("scaffold"))[0]["training"]["full_learning_rate"] == 0.3
     tables, ignored = apply_method(choose("scaffold", training={"full_learning_rate": 0.5}))
     assert (tables["training"]["full_learning_rate"], ignored) == (0.5, ())
 

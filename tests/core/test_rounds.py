@@ -40,6 +40,7 @@ from torch import Tensor
 
 from mpifedlora.core.aggregation import AGGREGATORS
 from mpifedlora.core.allocation import spectral
+from mpifedlora.core.annealer import Annealer, Guidance
 from mpifedlora.core.fresh import initial_adapter
 from mpifedlora.core.layout import DENSE, Factors, LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.plan import RoundPlan
@@ -291,6 +292,8 @@ def test_after_the_last_round_nothing_is_cut_and_nobody_trains(case: Case) -> No
     assert (last.next_plan.round_num, last.next_plan.cohort) == (NUM_ROUNDS + 1, ())
     assert not last.is_cut
     assert case.folds or set(last.next_plan.frozen_ranks) == {0}
+    for name in ("stage", "scope", "learning_rate", "mu", "temperature"):
+        assert getattr(last.next_plan, name) == getattr(last.plan, name)
 
 
 # Aggregation, against exact arithmetic.
@@ -806,7 +809,7 @@ STAYING += [
     *VARIATE_CASES[2:],
     CLIENT_RANK_CASES[0],
     SPECTRAL_CASES[0],
-    *ROBUST_CASES[:2],
+    *(Case(robust=robust) for robust in ("median", "trimmed-mean")),
 ]
 
 
@@ -949,6 +952,11 @@ def test_metropolis_accepts_by_chance_and_less_often_as_it_cools() -> None:
                 present -= decided[-1]
             assert played.next_plan.lora_ranks[0] == present
     assert 2 < sum(decided) < len(decided) - 2
+
+
+def test_metropolis_without_heat_accepts_only_what_does_not_rise() -> None:
+    annealer = Annealer(METROPOLIS.rank_schedule(), Guidance(temperature=0.0), seed=0)
+    assert [annealer.accepts(4, rise) for rise in (-1.0, 0.0, 1e-12, math.nan)] == [True, True, False, False]
 
 
 @over(LED[:3])
