@@ -39,11 +39,12 @@ def spectral(
     Args:
         budget: directions a module on average, by values; at least 1.
         modules: the adapted linear layers, in order.
-        spectra: per module, singular values (directions,) of its aggregated product, falling.
+        spectra: per module, singular values (directions,) of its aggregated product, falling; directions
+            beyond them, that no client of the round has trained, count as zero.
         largest: per module, the rank that it may not exceed, at least 1.
 
     Returns:
-        One LoRA rank a module, at least 1, at most `largest` and the length of its spectrum.
+        One LoRA rank a module, at least 1, at most `largest`.
 
     Raises:
         AggregationError: if a module cannot get its one direction.
@@ -74,6 +75,6 @@ def _strongest_first(spectra: Sequence[Tensor], costs: Sequence[int], largest: S
     candidates = sorted(
         (-value / cost, direction, place)
         for place, (spectrum, cost, limit) in enumerate(zip(spectra, costs, largest, strict=True))
-        for direction, value in enumerate(spectrum[1:limit].tolist())
+        for direction, value in enumerate([*spectrum[1:limit].tolist(), *[0.0] * (limit - len(spectrum))])
     )
     return [place for _, _, place in candidates]

@@ -217,6 +217,7 @@ class PlayedWorker:
             maps = list(zip(sides[::2], sides[1::2], strict=True))
             self.cuts = [*self.cuts, Cut(plan.round_num, before, SHAPES.adapter(plan.lora_ranks), maps)]
         self.state = self._received(parts.state) if plan.sends_state else initial_state(self.seed, plan)
+        self.factors = self.layout.factors(self.state)
         self.trained = {}
 
     def _freeze(self, frozen: Tensor) -> None:
@@ -258,13 +259,13 @@ class PlayedWorker:
 
     def start(self, client_id: int) -> Tensor:
         """What a client trains on."""
-        plan, layout = self.plan, self.layout
+        plan = self.plan
         own = plan.trained_layout(SHAPES, client_id)
         flat = torch.zeros(own.num_values)
-        for mine, held in zip(own.factors(flat), layout.factors(self.state), strict=True):
+        for mine, held in zip(own.factors(flat), self.factors, strict=True):
             mine.a.copy_(held.a[: mine.a.shape[0]])
             mine.b.copy_(held.b[:, : mine.b.shape[1]])
-        own.whole_values(flat).copy_(layout.whole_values(self.state))
+        own.whole_values(flat).copy_(self.layout.whole_values(self.state))
         kept = self.recall(plan, client_id) if plan.keeps_b else None
         if kept is not None:
             personal = SHAPES.adapter(plan.lora_ranks, "b")
@@ -317,7 +318,7 @@ class PlayedWorker:
     def model_of(self, client_id: int) -> Tensor:
         """The whole model that a client has trained, a factor that it did not train taken from the state."""
         own, trained = self.plan.trained_layout(SHAPES, client_id), self.trained[client_id]
-        pairs = zip(own.factors(trained), self.layout.factors(self.state), strict=True)
+        pairs = zip(own.factors(trained), self.factors, strict=True)
         complete = {
             "ab": lambda mine, held: mine,
             "a": lambda mine, held: Factors(mine.a, held.b),
@@ -327,7 +328,7 @@ class PlayedWorker:
 
     def model(self) -> Tensor:
         """The whole global model, flat, in double precision: base + frozen + active, and the head."""
-        return self._whole(self.layout.factors(self.state), self.layout.whole_values(self.state))
+        return self._whole(self.factors, self.layout.whole_values(self.state))
 
     def _whole(self, factors: Sequence[Factors], whole: Tensor) -> Tensor:
         if self.plan.scope == "full":
@@ -458,16 +459,14 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 def client_weights(played: Played) -> Tensor:
     """The used clients' weights, of sum 1."""
-    kind, models, body = played.case.weights, played.models, played.sent.body
-    weights = [
-        {
-            "examples": 10.0 + client_id,
-            "equal": 1.0,
-            "frobenius": float((models[client_id][:NUM_BODY] - body).norm()),
-        }[kind]
-        for client_id in played.used
-    ]
-    return torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    body = played.sent.body
+    weigh: Callable[[int], float] = {
+        "examples": lambda client_id: 10.0 + client_id,
+        "equal": lambda client_id: 1.0,
+        "frobenius": lambda client_id: float((played.models[client_id][:NUM_BODY] - body).norm()),
+    }[played.case.weights]
+    weights = torch.tensor([weigh(client_id) for client_id in played.used], dtype=torch.float64)
+    return weights / weights.sum()
 
 
 def mean_model(played: Played) -> Tensor:

@@ -29,7 +29,15 @@ DEFINED = {
     "sa-fedlora": ("adapter", "product", {}),
     "fedavg": ("full", None, {}),
     "fedprox": ("full", None, {"training.mu": 0.01}),
-    "scaffold": ("full", None, {"training.control_variates": True, "training.optimizer": "sgd"}),
+    "scaffold": (
+        "full",
+        None,
+        {
+            "training.control_variates": True,
+            "training.optimizer": "sgd",
+            "aggregation.weights": "equal",
+        },
+    ),
     "fedadam": ("full", None, {"server_optimizer.kind": "fedadam"}),
     "fedit": ("adapter", "factors", {}),
     "ffa-lora": ("b-only", "factors", {}),

@@ -59,13 +59,14 @@ KIND_CASES = [
         for initiating, cohort_size, seed in (("adapter", None, 0), ("full", 3, 1), ("", 1, 2))
     ),
     *(Case(kind) for kind in ("residual", "stack")),
-    *(Case(kind, False, "full", cohort_size=3, seed=1) for kind in ("residual", "stack", "zero-pad")),
+    *(Case(kind, False, "full", cohort_size=3, seed=1) for kind in ("residual", "stack")),
 ]
 CLIENT_RANKS = (4, 1, 2, 3, 2, 4)
 CLIENT_RANK_CASES = [
     Case(kind, freezes, initiating, cohort_size=cohort_size, client_ranks=CLIENT_RANKS)
     for kind in ("product", "zero-pad", "stack")
     for freezes, initiating, cohort_size in ((True, "adapter", None), (False, "", 2))
+    if freezes or kind != "stack"
 ]
 FIXED = Case("factors", schedule="constant", initiating="")
 B_ONLY, ALTERNATING = replace(FIXED, scope="b-only"), replace(FIXED, scope="alternating")
@@ -262,15 +263,6 @@ def test_rows_have_their_closed_form(case: Case) -> None:
             assert plan.row_values(SHAPES, update.client_id) == values * (1 + case.has_variates)
 
 
-@over(CASES)
-def test_round_one_sends_nothing_and_every_other_round_its_state(case: Case) -> None:
-    history = federation(case)
-    assert history[0].plan.message_values(SHAPES) == 0
-    assert all(played.next_plan.sends_state for played in history)
-    opens = [played.next_plan.round_num for played in history if played.next_plan.sends_base]
-    assert opens == ([3] if case.initiating == "full" != case.scope else [])
-
-
 @over([KIND_CASES[0], *PART_CASES, *VARIATE_CASES, *PERSONAL, *CLIENT_RANK_CASES[:1], EMPTY_CASES[0]])
 def test_plans_say_who_trains_what_and_how(case: Case) -> None:
     for round_num, played in enumerate(federation(case), start=1):
@@ -287,13 +279,17 @@ def test_plans_say_who_trains_what_and_how(case: Case) -> None:
 
 
 @over(CASES)
-def test_after_the_last_round_nothing_is_cut_and_nobody_trains(case: Case) -> None:
-    last = federation(case)[-1]
-    assert (last.next_plan.round_num, last.next_plan.cohort) == (NUM_ROUNDS + 1, ())
-    assert not last.is_cut
-    assert case.folds or set(last.next_plan.frozen_ranks) == {0}
+def test_the_first_round_sends_nothing_and_the_last_one_cuts_nothing(case: Case) -> None:
+    history = federation(case)
+    assert history[0].plan.message_values(SHAPES) == 0
+    assert all(played.next_plan.sends_state for played in history)
+    opens = [played.next_plan.round_num for played in history if played.next_plan.sends_base]
+    assert opens == ([3] if case.initiating == "full" != case.scope else [])
+    last, final = history[-1], history[-1].next_plan
+    assert (final.round_num, final.cohort, last.is_cut) == (NUM_ROUNDS + 1, (), False)
+    assert case.folds or set(final.frozen_ranks) == {0}
     for name in ("stage", "scope", "learning_rate", "mu", "temperature"):
-        assert getattr(last.next_plan, name) == getattr(last.plan, name)
+        assert getattr(final, name) == getattr(last.plan, name)
 
 
 # Aggregation, against exact arithmetic.
@@ -431,7 +427,7 @@ def test_reports_average_losses_by_the_weights(case: Case) -> None:
             assert (report.train_loss, report.penalty) == (pytest.approx(wanted), pytest.approx(0.5))
 
 
-SENSITIVE = [*CASES[::8], VARIATE_CASES[0], PERSONAL[0]]
+SENSITIVE = [*CASES[::12], VARIATE_CASES[0], PERSONAL[0]]
 
 
 @over([*dict.fromkeys(SENSITIVE)])
@@ -511,7 +507,7 @@ def test_directions_that_no_client_had_start_anew() -> None:
     num_fresh = 0
     for played in federation(Case("product", True, "", cohort_size=1, client_ranks=CLIENT_RANKS)):
         trained = CLIENT_RANKS[played.used[0]]
-        for factors in played.next_plan.layout(SHAPES).factors(played.got.state):
+        for factors in played.got.factors:
             assert float(factors.a.square().sum(1).min()) > 0.01
             assert not bool(factors.b[:, trained:].any())
             num_fresh += factors.lora_rank > trained
@@ -523,8 +519,7 @@ def test_directions_that_no_client_trained_stay() -> None:
     for played in federation(Case("zero-pad", False, "", cohort_size=2, client_ranks=CLIENT_RANKS)):
         trained = max(CLIENT_RANKS[client_id] for client_id in played.used)
         if not played.is_cut:
-            states = (played.plan.layout(SHAPES).factors(end.state) for end in (played.sent, played.got))
-            for before, after in zip(*states, strict=True):
+            for before, after in zip(played.sent.factors, played.got.factors, strict=True):
                 assert torch.equal(before.a[trained:], after.a[trained:])
                 assert torch.equal(before.b[:, trained:], after.b[:, trained:])
                 num_kept += before.lora_rank > trained
@@ -592,8 +587,8 @@ def test_maps_take_the_mean_factors_to_those_that_are_sent(case: Case) -> None:
 @over(PERSONAL)
 def test_a_kept_b_stays_with_its_client_and_the_rest_is_averaged(case: Case) -> None:
     for played in play(case, with_bad_client(4)):
-        layout = played.plan.layout(SHAPES)
-        factors, head = layout.factors(played.got.state), layout.whole_values(played.got.state)
+        layout, factors = played.got.layout, played.got.factors
+        head = layout.whole_values(played.got.state)
         assert not any(bool(part.b.any()) for part in factors)
         first_head = random_values(NUM_HEAD, 0, 1000)
         assert torch.equal(head, first_head) == case.keeps_head
@@ -618,8 +613,8 @@ def shared_state(plan: RoundPlan, worker: PlayedWorker) -> Tensor:
     """What a round shares of the state that a worker holds, in double precision."""
     if plan.scope == "full":
         return worker.model()
-    layout, parts = plan.layout(SHAPES), plan.shared_layout(SHAPES).parts
-    return flattened(layout.factors(worker.state), parts, layout.whole_values(worker.state)).double()
+    head = worker.layout.whole_values(worker.state)
+    return flattened(worker.factors, plan.shared_layout(SHAPES).parts, head).double()
 
 
 def step_of(
