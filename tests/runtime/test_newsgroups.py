@@ -88,7 +88,7 @@ def test_readme_recipe_gives_the_logits_of_the_federated_model(tmp_path):
     model = PeftModel.from_pretrained(load_base_model(out), str(out / "adapter")).eval()
     config = read_run_file(out / "run.toml").config
     tokenizer = load_tokenizer(setup.model_path("minilm"))
-    replica = setup.build_replica(config, setup.read_data(config), "cpu")
+    replica = setup.build_replica(config, setup.read_data(config), "cpu", out / "client_states")
     texts = list(replica.evaluation.texts)
     batch = tokenizer(
         texts, truncation=True, max_length=config.data.max_length, padding=True, return_tensors="pt"
