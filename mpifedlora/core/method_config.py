@@ -229,8 +229,7 @@ class ServerOptimizerConfig(Section):
     )
     learning_rate: Positive | None = Field(
         None,
-        description="Step size of the server; by default 1.0 under `momentum`, 0.01 under the adaptive "
-        "ones.",
+        description="Step size of the server; by default 1.0 under `momentum`, 0.01 under the adaptive ones.",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment, or the momentum.")
     beta2: float = Field(0.99, ge=0, lt=1, description="Decay of the second moment (`fedadam`, `fedyogi`).")
