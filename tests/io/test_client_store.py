@@ -6,17 +6,15 @@ import os
 import random
 import re
 import resource
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed_writers import INSTANTS, KilledWriters
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -278,72 +276,10 @@ class TestDiskRefuses:
         assert_same_bits(store.read(7, 12), make_state(round_num=1))
 
 
-# One process imports once and forks a writer for each line it reads: kills cost milliseconds.
-WRITERS = """
-import sys
-sys.path[:0] = sys.argv[2:]
-from test_client_store import *
-from mpifedlora.io import atomic
-torch.set_num_threads(1)
-def say(word, number=0):
-    os.write(1, f"{word} {number}\\n".encode())  # one write: a kill cannot leave half a line
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-def fork_writer(instant):
-    store = ClientStore(Path(sys.argv[1]))
-    if instant == "half-written":  # the kernel kills at byte 8192
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-    if instant == "before-replace":
-        os.replace = die
-    if instant == "after-replace":
-        atomic._sync_folder = die
-    for round_num in range(1, 10**6):
-        store.write(round_num % 3, round_num, make_state(round_num % 3, round_num))
-        say("wrote", round_num)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        fork_writer(line.strip())
-    say("pid", pid)
-    os.waitpid(pid, 0)
-    say("dead")
-"""
-
-
-class Writers:
-    """The process that forks writers, and what its writers said."""
-
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-c", WRITERS, str(folder), str(Path(__file__).parent), ROOT]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    def run_until_killed(self, instant: str, after_s: float) -> int:
-        """Return the last round whose write had returned."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{instant}\n")
-        self.process.stdin.flush()
-        pid = written = 0
-        for line in self.process.stdout:
-            word, number = line.split()
-            if word == "pid":
-                pid = int(number)
-            elif word == "wrote":
-                written = int(number)
-                if written == 1 and instant == "random":
-                    threading.Timer(after_s, os.kill, (pid, signal.SIGKILL)).start()
-            elif word == "dead":
-                return written
-        raise AssertionError("the process that forks the writers ended")
-
-    def end(self) -> None:
-        # The whole group: a forked writer must not outlive its parent.
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+def store_writer(folder: Path) -> Callable[[int], None]:
+    torch.set_num_threads(1)
+    store = ClientStore(folder)
+    return lambda round_num: store.write(round_num % 3, round_num, make_state(round_num % 3, round_num))
 
 
 def read_everything(folder: Path) -> list[int]:
@@ -356,9 +292,9 @@ def read_everything(folder: Path) -> list[int]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_killed_at_any_instant_every_version_is_whole(tmp_path: Path) -> None:
-    writers, chance, longest = Writers(tmp_path), random.Random(0), 0
+    writers, chance, longest = KilledWriters(__file__, "store_writer(path)", tmp_path), random.Random(0), 0
     try:
-        for instant in ["half-written", "before-replace", "after-replace"] + ["random"] * 15:
+        for instant in INSTANTS:
             written = writers.run_until_killed(instant, chance.uniform(0, 0.06))
             found = read_everything(tmp_path)
             longest = max(longest, written)

@@ -6,11 +6,11 @@ import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killed_writers import INSTANTS, KilledWriters
 
 from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_CHOSEN, NOT_FINITE, USED
 from mpifedlora.errors import CheckpointError
@@ -272,70 +273,14 @@ class TestRefusals:
             read_results(path)
 
 
-# One process imports once and forks a writer for each line it reads: kills cost milliseconds.
-WRITERS = """
-import resource, sys
-sys.path[:0] = sys.argv[2:]
-from test_results import *
-from mpifedlora.io import atomic
-def say(word, number=0):
-    os.write(1, f"{word} {number}\\n".encode())  # one write: a kill cannot leave half a line
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-def fork_writer(instant):
-    writer = ResultsWriter(sys.argv[1], make_info())
-    if instant == "half-written":  # the kernel kills at byte 8192
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-    if instant == "before-replace":
-        os.replace = die
-    if instant == "after-replace":
-        atomic._sync_folder = die
-    for round_num in range(1, 10**6):
+def results_writer(path: Path) -> Callable[[int], None]:
+    writer = ResultsWriter(path, make_info())
+
+    def write(round_num: int) -> None:
         writer.add(make_row(round_num))
         writer.write()
-        say("wrote", round_num)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        fork_writer(line.strip())
-    say("pid", pid)
-    os.waitpid(pid, 0)
-    say("dead")
-"""
 
-
-class Writers:
-    """The process that forks writers, and what its writers said."""
-
-    def __init__(self, path: Path) -> None:
-        command = [sys.executable, "-c", WRITERS, str(path), str(Path(__file__).parent), ROOT]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    def run_until_killed(self, instant: str, after_s: float) -> int:
-        """Return the last round whose write had returned."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{instant}\n")
-        self.process.stdin.flush()
-        written = 0
-        for line in self.process.stdout:
-            word, number = line.split()
-            if word == "pid" and instant == "random":
-                threading.Timer(after_s, os.kill, (int(number), signal.SIGKILL)).start()
-            elif word == "wrote":
-                written = int(number)
-            elif word == "dead":
-                return written
-        raise AssertionError("the process that forks the writers ended")
-
-    def end(self) -> None:
-        # The whole group: a forked writer must not outlive its parent.
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+    return write
 
 
 def assert_complete(path: Path, at_least: int) -> None:
@@ -354,9 +299,9 @@ def assert_complete(path: Path, at_least: int) -> None:
 def test_killed_at_any_instant_the_file_reads_and_holds_every_finished_round(tmp_path: Path) -> None:
     path = tmp_path / "results.h5"
     write_rounds(path, 0)
-    writers, chance = Writers(path), random.Random(0)
+    writers, chance = KilledWriters(__file__, "results_writer(path)", path), random.Random(0)
     try:
-        for instant in ["half-written", "before-replace", "after-replace"] + ["random"] * 15:
+        for instant in INSTANTS:
             before = path.stat().st_ino
             written = writers.run_until_killed(instant, chance.uniform(0, 0.06))
             assert_complete(path, written)
