@@ -409,7 +409,8 @@ assert len(read_results(path).rows()) == 3
 
 
 def run_full_disk(path: Path, *prefix: str) -> subprocess.CompletedProcess[str]:
-    command = [*prefix, sys.executable, "-c", FULL_DISK, str(path), str(Path(__file__).parent), ROOT]
+    folders = [str(Path(__file__).parent), str(Path(ROOT, "tests")), ROOT]
+    command = [*prefix, sys.executable, "-c", FULL_DISK, str(path), *folders]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
