@@ -74,6 +74,11 @@ class ClientStore:
             )
         return state
 
+    def remove(self, client_id: int, round_num: int) -> None:
+        """Remove one version, of an update that was refused, as far as the disk lets it."""
+        with suppress(OSError):
+            (self._folder / _name(client_id, round_num)).unlink(missing_ok=True)
+
     def remove_before(self, client_id: int, round_num: int) -> None:
         """Remove a client's versions that are older than a round, as far as the disk lets it."""
         with suppress(OSError):

@@ -14,7 +14,7 @@ from mpifedlora.core.ledger import Ledger, count_uplink, fixed_traffic
 from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, downlink_header_bytes
 from mpifedlora.core.rounds import Coordinator, RoundReport
-from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_FINITE
+from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_FINITE, USED
 from mpifedlora.core.wire import VALUE_BYTES
 from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.setup import Replica
@@ -141,8 +141,11 @@ class Server:
         self.sent_bytes += uplink_bytes + downlink_bytes
         self._tell(plan, report)
         if plan.state_rounds:
-            for update in report.participants:
-                self.store.remove_before(update.client_id, plan.round_num)
+            for client_id, outcome in report.outcomes.items():
+                if outcome == USED:
+                    self.store.remove_before(client_id, plan.round_num)
+                else:
+                    self.store.remove(client_id, plan.round_num)
         train_s = np.zeros(self.transport.num_workers)
         for update in updates:
             train_s[plan.workers[update.client_id]] += update.train_s

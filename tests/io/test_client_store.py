@@ -169,6 +169,14 @@ class TestRemoval:
             "client-00070.round-00009.safetensors",
         ]
 
+    def test_one_version(self, tmp_path: Path) -> None:
+        store = ClientStore(tmp_path)
+        for round_num in (3, 4):
+            store.write(7, round_num, make_state(round_num=round_num, num_values=2))
+        store.remove(7, 4)
+        store.remove(7, 5)
+        assert names(tmp_path) == ["client-00007.round-00003.safetensors"]
+
     def test_nothing_to_remove(self, tmp_path: Path) -> None:
         ClientStore(tmp_path / "none").remove_before(7, 11)
         ClientStore(tmp_path / "none").remove_all()

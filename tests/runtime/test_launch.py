@@ -322,6 +322,11 @@ def test_a_refused_client_goes_on_from_the_state_that_was_committed(folder, tmp_
     out = tmp_path / "run"
     assert run(folder, out, "federation.method=fedsa-lora", "federation.num_rounds=2") == 0
     assert last_used(read_results(out / "results.h5")) == [2, 1, 2, 2]
+    # What the refused update came with is gone, the state before it is not.
+    assert file_names(out / "client_states") == [
+        f"client-{client:05d}.round-{round_num:05d}.safetensors"
+        for client, round_num in enumerate([2, 1, 2, 2])
+    ]
     committed = load_file(out / "client_states" / "client-00001.round-00001.safetensors")
     exported = load_file(out / "client_adapters" / "client-00001" / "adapter_model.safetensors")
     modules = read_results(out / "results.h5").info.module_names
