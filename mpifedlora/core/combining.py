@@ -74,18 +74,19 @@ class Combination:
             (layout values,), in the round's layout.
         """
         advance, layout = self.switches.flat_update.advance, self.plan.layout(self.shapes)
-        flat = self.state.clone()
+        shared = self.plan.shared_layout(self.shapes)
         if not self.is_mean:
+            flat = self.state.clone()
             head = layout.whole_values(flat)
             advance(self.reference()[1], [part.whole for part in used], weights, head)
             return flat
-        shared = self.plan.shared_layout(self.shapes)
-        old = copy_common(layout, self.state, shared, torch.empty(shared.num_values))
+        is_whole = shared == layout
+        old = self.state if is_whole else copy_common(layout, self.state, shared, _empty(shared))
         new = advance(old, [self._padded(part, shared) for part in used], weights, torch.empty_like(old))
         if used and self.plan.client_ranks:
             trained = max(self.plan.client_ranks[part.update.client_id] for part in used)
             _keep_beyond(trained, shared.factors(old), shared.factors(new))
-        return copy_common(shared, new, layout, flat)
+        return new if is_whole else copy_common(shared, new, layout, self.state.clone())
 
     def _padded(self, part: Contribution, shared: AdapterLayout) -> Tensor:
         own = self.plan.shared_layout(self.shapes, part.update.client_id)
@@ -117,6 +118,10 @@ class Combination:
         if mean is None and combiner is not weighted_mean and self.switches.aggregator.active == "svd":
             dense = combine_products(clients, weights, combiner)
         return ModuleSum(clients, weights, self.switches.aggregator, mean, dense)
+
+
+def _empty(layout: AdapterLayout) -> Tensor:
+    return torch.empty(layout.num_values)
 
 
 def _completed(sent: Factors, state: Factors, parts: str) -> Factors:

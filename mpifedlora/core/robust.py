@@ -111,7 +111,7 @@ def krum(distances: Tensor, num_byzantine: int, num_chosen: int) -> tuple[int, .
     Args:
         distances: squared, (num_clients, num_clients), 0 on the diagonal.
         num_byzantine: arbitrary clients to stand, at least 0.
-        num_chosen: 1 is Krum, num_clients - num_byzantine Multi-Krum.
+        num_chosen: 1 is Krum, more is Multi-Krum.
 
     Returns:
         indices of the chosen clients, rising.

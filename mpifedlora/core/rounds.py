@@ -14,10 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpifedlora.core.aggregation import (
-    ModuleAggregate,
-    ModuleSum,
-)
+from mpifedlora.core.aggregation import ModuleAggregate, ModuleSum
 from mpifedlora.core.allocation import spectral, uniform
 from mpifedlora.core.annealer import Annealer
 from mpifedlora.core.combining import Combination
@@ -102,14 +99,10 @@ class Coordinator:
         """Rounds of the run."""
         return self.switches.schedule.num_rounds
 
-    def _scope(self, round_num: int) -> str:
-        return self.switches.round_scope(min(round_num, self.num_rounds))
-
     def _plan(self, round_num: int, lora_ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> RoundPlan:
-        switches = self.switches
-        schedule = switches.schedule
+        switches, schedule = self.switches, self.switches.schedule
         planned = min(round_num, schedule.num_rounds)
-        scope = self._scope(planned)
+        scope = switches.round_scope(planned)
         workers = tuple(switches.choose_workers(planned))
         return RoundPlan(
             round_num=round_num,
@@ -131,6 +124,16 @@ class Coordinator:
     def plan(self, *, evaluates: bool = False) -> RoundPlan:
         """Return the plan of the next round; after the last round, of the final model."""
         return replace(self.next_plan, evaluates=evaluates)
+
+    @property
+    def follows_accuracy(self) -> bool:
+        """Whether the next cut still depends on what `note` is told."""
+        return self.switches.schedule.kind == "target" and self.annealer.is_cutting
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether cuts are tried before they are sent."""
+        return self.switches.schedule.kind == "metropolis"
 
     def note(self, accuracy: float) -> None:
         """Take the held-out accuracy of the last round's model, which the `target` schedule goes by."""
@@ -194,7 +197,8 @@ class Coordinator:
         sums = combination.sums(flat, used, weights)
         budget = self.annealer.propose(self.next_plan.round_num)
         ranks = self._allocate(budget, sums)
-        maps = self._maps(sums, ranks) if combination.is_mean and ranks != present else []
+        is_carried = combination.is_mean and ranks != present
+        maps = [part.map(active) for part, active in zip(sums, ranks, strict=True)] if is_carried else []
         aggregates = self._cut(sums, ranks)
         opening = self._assemble(ranks, aggregates, flat, maps)
         if judge is not None and ranks != present:
@@ -241,9 +245,6 @@ class Coordinator:
     def _cut(self, sums: Sequence[ModuleSum], ranks: Sequence[int]) -> list[ModuleAggregate]:
         kept = self.next_plan.lora_ranks if self.switches.freezes else ranks
         return [part.cut(most, active) for part, most, active in zip(sums, kept, ranks, strict=True)]
-
-    def _maps(self, sums: Sequence[ModuleSum], ranks: Sequence[int]) -> list[CutMap]:
-        return [part.map(lora_rank) for part, lora_rank in zip(sums, ranks, strict=True)]
 
     def _carry(self, ranks: tuple[int, ...], maps: Sequence[CutMap]) -> None:
         if not maps:

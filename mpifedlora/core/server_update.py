@@ -82,8 +82,9 @@ class FlatUpdate:
 
     def _noised_mean(self, old: Tensor, values: Sequence[Tensor], noise: GaussianNoise, out: Tensor) -> None:
         out.zero_()
+        update = torch.empty_like(old)
         for value in values:
-            update = value - old
+            torch.sub(value, old, out=update)
             clip(update, noise.clip_norm)  # clients have clipped: rounding, or a client that has not
             out.add_(update)
         add_noise(out, noise.noise_multiplier * noise.clip_norm, noise.generator)

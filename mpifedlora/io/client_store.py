@@ -24,7 +24,6 @@ from mpifedlora.io.atomic import remove_stale_temporaries, replace_file
 
 TOKEN_FILE = "shared.token"
 _NAME = re.compile(r"client-(\d{5,})\.round-(\d{5,})\.safetensors")
-_TEMPORARY = re.compile(rf"\.({_NAME.pattern}|{re.escape(TOKEN_FILE)})\..+\.tmp")
 
 
 class ClientStore:
@@ -86,22 +85,6 @@ class ClientStore:
                 if its_client == client_id and its_round < round_num:
                     path.unlink(missing_ok=True)
                     remove_stale_temporaries(path)
-
-    def remove_all(self) -> None:
-        """Remove every version, and what killed writers left, before a fresh run.
-
-        Raises:
-            CheckpointError: if a version cannot be removed.
-        """
-        try:
-            for _, _, path in self._versions():
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            must_hold = "clients' states of an older run must be removable"
-            raise _failure(must_hold, error, self._folder, "remove this folder yourself") from error
-        for temporary in self._folder.glob(".*.tmp"):
-            if match := _TEMPORARY.fullmatch(temporary.name):
-                remove_stale_temporaries(self._folder / match[1])
 
     def write_token(self, token: str) -> None:
         """Put a text in place by which other processes know this folder.

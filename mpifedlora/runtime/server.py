@@ -111,7 +111,7 @@ class Server:
         self.started(plan)
         self.model.receive(plan, message)
         metrics = self._measure(plan) if is_measured else None
-        if plan.round_num > 1 and self.coordinator.switches.schedule.kind == "target":
+        if plan.round_num > 1 and self.coordinator.follows_accuracy:
             self.coordinator.note(self._held_out(plan).accuracy)
         watch.lap("evaluate_s")
         return metrics
@@ -133,8 +133,7 @@ class Server:
         updates = self.transport.collect(plan)
         watch.seconds["collect_s"] = watch.lap("collect_s") - self.transport.wait_s()
         uplink_bytes = count_uplink(updates)
-        is_judged = self.coordinator.switches.schedule.kind == "metropolis"
-        report = self.coordinator.finish(updates, self._judge if is_judged else None)
+        report = self.coordinator.finish(updates, self._judge if self.coordinator.needs_judge else None)
         watch.lap("aggregate_s")
         downlink_bytes = self.ledger.count_downlink(plan, self.coordinator.shapes)
         self.cohort_sizes.append(len(plan.cohort))
@@ -158,7 +157,9 @@ class Server:
                 self.warn(f"round {plan.round_num}: the update of client {client_id} {_ADVICE[outcome]}")
         if not report.participants:
             why = "no update could be used" if report.outcomes else "no client took part"
-            self.warn(f"round {plan.round_num}: {why}; the global state stays as it was")
+            is_noised = self.coordinator.switches.flat_update.noise is not None
+            what = "takes the noise alone" if is_noised else "stays as it was"
+            self.warn(f"round {plan.round_num}: {why}; the global state {what}")
 
     def _row(
         self, plan: RoundPlan, report: RoundReport, num_bytes: tuple[int, int], seconds: dict[str, float]

@@ -179,25 +179,7 @@ class TestRemoval:
 
     def test_nothing_to_remove(self, tmp_path: Path) -> None:
         ClientStore(tmp_path / "none").remove_before(7, 11)
-        ClientStore(tmp_path / "none").remove_all()
         assert names(tmp_path) == []
-
-    def test_all_versions_and_nothing_else(self, tmp_path: Path) -> None:
-        store = self.versions(tmp_path)
-        store.write_token("run 1")
-        left_by_a_killed_writer(tmp_path / "client-00007.round-00012")
-        left_by_a_killed_writer(tmp_path / "shared.token", "")
-        kept = [".client-00007.round-00012.safetensors." + f"{os.uname().nodename}.{os.getppid()}.00ff.tmp"]
-        kept += [
-            "adapter.safetensors",
-            "client-7.round-12.safetensors",
-            NAME + ".bak",
-            ".notes.here.1.00ff.tmp",
-        ]
-        for name in kept:
-            (tmp_path / name).write_text("")
-        store.remove_all()
-        assert names(tmp_path) == sorted([*kept, "shared.token"])
 
     def test_a_disk_that_refuses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store = self.versions(tmp_path)
@@ -207,8 +189,7 @@ class TestRemoval:
 
         monkeypatch.setattr(Path, "unlink", refuse)
         store.remove_before(7, 11)
-        with pytest.raises(CheckpointError, match=r"must be removable, got Read-only.*; remove this folder"):
-            store.remove_all()
+        store.remove(7, 11)
         assert len(names(tmp_path)) == 6
 
 
@@ -315,8 +296,6 @@ def test_killed_at_any_instant_every_version_is_whole(tmp_path: Path) -> None:
     finally:
         writers.end()
     assert longest >= 1
-    ClientStore(tmp_path).remove_all()
-    assert names(tmp_path) == []
 
 
 def test_a_reader_beside_a_writer_sees_one_state_or_the_other(tmp_path: Path) -> None:
