@@ -13,6 +13,7 @@ from mpifedlora.core.layout import AdapterLayout, Factors, ModelShapes, copy_com
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.robust import Combiner, combine_products
 from mpifedlora.core.screening import Contribution
+from mpifedlora.core.server_update import FlatUpdate
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import ClientUpdate
 
@@ -26,12 +27,14 @@ class Combination:
         switches: of the method.
         plan: of the round.
         state: (layout values,), the global state that the clients received.
+        flat_update: with the moments of the server's optimiser.
     """
 
     shapes: ModelShapes
     switches: Switches
     plan: RoundPlan
     state: Tensor
+    flat_update: FlatUpdate
 
     def reference(self) -> tuple[list[Factors], Tensor]:
         """Return the factors of the state (none where B stays with the clients), and the rest of it."""
@@ -73,7 +76,7 @@ class Combination:
         Returns:
             (layout values,), in the round's layout.
         """
-        advance, layout = self.switches.flat_update.advance, self.plan.layout(self.shapes)
+        advance, layout = self.flat_update.advance, self.plan.layout(self.shapes)
         shared = self.plan.shared_layout(self.shapes)
         if not self.is_mean:
             flat = self.state.clone()
@@ -105,7 +108,7 @@ class Combination:
         layout = self.plan.layout(self.shapes)
         clients = [part.factors for part in used] or [layout.factors(self.state)]
         means = layout.factors(values) if self.is_mean else [None] * len(layout.modules)
-        combiner = self.switches.flat_update.combiner if used else weighted_mean  # the state is no cohort
+        combiner = self.switches.combiner if used else weighted_mean  # the state is no cohort
         return [
             self._sum(module, list(weights) or [1.0], mean, combiner)
             for module, mean in zip(zip(*clients, strict=True), means, strict=True)

@@ -33,6 +33,7 @@ from mpifedlora.core.opening import (
 from mpifedlora.core.plan import ABSENT, RoundPlan
 from mpifedlora.core.screening import USED, Contribution
 from mpifedlora.core.server_optimizer import CutMap, carry_variate
+from mpifedlora.core.server_update import FlatUpdate
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import ClientUpdate
 
@@ -78,10 +79,9 @@ class Coordinator:
         initial_state: Callable[[RoundPlan], Tensor],
         seed: int,
     ) -> None:
-        self.shapes = shapes
-        self.switches = switches
-        self.seed = seed
+        self.shapes, self.switches, self.seed = shapes, switches, seed
         self.annealer = Annealer(switches.schedule, switches.guidance, seed)
+        self.flat_update = FlatUpdate(switches.combiner, switches.optimizer, switches.noise)
         self.frozen: list[list[Factors]] = [[] for _ in shapes.modules]
         self.body: Tensor | None = None  # trained base weights, once the `full` stage has ended
         self.variate: Tensor | None = None  # mean control variate, once there is one
@@ -149,7 +149,7 @@ class Coordinator:
             updates: of the cohort, any order; they are summed in client order.
             judge: gives the held-out loss of a model from its plan and message, for `metropolis`.
         """
-        combination = Combination(self.shapes, self.switches, self.next_plan, self.state)
+        combination = Combination(self.shapes, self.switches, self.next_plan, self.state, self.flat_update)
         received = [combination.contribution(update) for update in sorted(updates, key=lambda u: u.client_id)]
         outcomes = self.switches.screening.choose(received, *combination.reference())
         used = [part for part in received if outcomes[part.update.client_id] == USED]
@@ -208,13 +208,14 @@ class Coordinator:
             if not self.annealer.accepts(self.next_plan.round_num, rise):
                 budget, aggregates, opening, maps = self.annealer.budget, uncut, kept, []
         self.annealer.budget = budget
-        self._carry(opening.plan.lora_ranks, maps)
+        if maps:
+            self._carry(opening.plan.lora_ranks, maps)
         self._keep_frozen(aggregates)
         self._open(opening)
         return aggregates
 
     def _advance_full(self, values: Sequence[Tensor], weights: Sequence[float]) -> None:
-        advance, plan = self.switches.flat_update.advance, self.next_plan
+        advance, plan = self.flat_update.advance, self.next_plan
         self.annealer.budget = self.annealer.propose(plan.round_num)
         ranks = uniform(self.annealer.budget, self.shapes.modules)
         following = self._plan(plan.round_num + 1, ranks, self._no_ranks)
@@ -247,10 +248,8 @@ class Coordinator:
         return [part.cut(most, active) for part, most, active in zip(sums, kept, ranks, strict=True)]
 
     def _carry(self, ranks: tuple[int, ...], maps: Sequence[CutMap]) -> None:
-        if not maps:
-            return
         before = self.next_plan.shared_layout(self.shapes)
-        self.switches.flat_update.carry(before, replace(before, lora_ranks=ranks), maps)
+        self.flat_update.carry(before, replace(before, lora_ranks=ranks), maps)
         self.variate = self._carried_variate(ranks, maps)
 
     def _carried_variate(self, ranks: tuple[int, ...], maps: Sequence[CutMap]) -> Tensor | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mpifedlora.core.aggregation import AGGREGATORS, Aggregator
+from mpifedlora.core.aggregation import AGGREGATORS, Aggregator, weighted_mean
 from mpifedlora.core.annealer import Guidance
+from mpifedlora.core.robust import Combiner
 from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.screening import Screening
-from mpifedlora.core.server_update import FlatUpdate
+from mpifedlora.core.server_optimizer import ServerOptimizer
+from mpifedlora.core.server_update import GaussianNoise
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Switches:
         client_ranks: rank that each client trains at most; none means no limit.
         aggregator: how adapters are combined.
         weights: `examples`, `equal` or `frobenius`.
-        flat_update: how flat updates are combined, noised and stepped along.
+        combiner: of the clients' values, or products: the weighted mean, or a robust one.
+        optimizer: of the server, along the aggregated update; none takes the aggregate itself.
+        noise: on the sum of updates, for privacy.
         screening: which updates are used.
         freezes: whether directions beyond the budget are frozen (else dropped).
         is_spectral: whether the budget goes to the strongest directions (else evenly to all modules).
@@ -49,7 +53,9 @@ class Switches:
     client_ranks: tuple[int, ...] = ()
     aggregator: Aggregator = AGGREGATORS["product"]
     weights: str = "examples"
-    flat_update: FlatUpdate = field(default_factory=FlatUpdate)
+    combiner: Combiner = weighted_mean
+    optimizer: ServerOptimizer | None = None
+    noise: GaussianNoise | None = None
     screening: Screening = field(default_factory=Screening)
     freezes: bool = True
     is_spectral: bool = False

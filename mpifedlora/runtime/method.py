@@ -34,7 +34,6 @@ def build_switches(config: RunConfig, sizes: Sequence[int], num_workers: int) ->
         num_workers: processes that train.
     """
     from mpifedlora.core.aggregation import AGGREGATORS
-    from mpifedlora.core.server_update import FlatUpdate
     from mpifedlora.core.switches import Switches
 
     training, initiating, annealing = config.training, config.initiating, config.annealing
@@ -51,7 +50,9 @@ def build_switches(config: RunConfig, sizes: Sequence[int], num_workers: int) ->
         client_ranks=_client_ranks(config),
         aggregator=AGGREGATORS[config.aggregation.kind],
         weights=config.aggregation.weights,
-        flat_update=FlatUpdate(_combiner(config), _server_optimizer(config), _noise(config)),
+        combiner=_combiner(config),
+        optimizer=_server_optimizer(config),
+        noise=_noise(config),
         screening=_screening(config),
         freezes=annealing.cut == "freeze",
         is_spectral=annealing.allocation == "spectral",

@@ -157,7 +157,7 @@ class Server:
                 self.warn(f"round {plan.round_num}: the update of client {client_id} {_ADVICE[outcome]}")
         if not report.participants:
             why = "no update could be used" if report.outcomes else "no client took part"
-            is_noised = self.coordinator.switches.flat_update.noise is not None
+            is_noised = self.coordinator.switches.noise is not None
             what = "takes the noise alone" if is_noised else "stays as it was"
             self.warn(f"round {plan.round_num}: {why}; the global state {what}")
 

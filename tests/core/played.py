@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.screening import Screening
 from mpifedlora.core.seeding import numpy_generator, torch_seed
 from mpifedlora.core.server_optimizer import Moments, ServerOptimizer
-from mpifedlora.core.server_update import FlatUpdate, GaussianNoise
+from mpifedlora.core.server_update import GaussianNoise
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import ClientUpdate
 
@@ -103,11 +103,10 @@ class Case:
         workers = assign_clients(cohort, dict.fromkeys(cohort, 1), NUM_WORKERS)
         return [workers.get(client_id, ABSENT) for client_id in range(NUM_CLIENTS)]
 
-    def flat_update(self) -> FlatUpdate:
-        noise = None
-        if self.noise is not None:
-            noise = GaussianNoise(*self.noise, torch.Generator().manual_seed(self.seed))
-        return FlatUpdate(COMBINERS.get(self.robust, weighted_mean), self.optimizer, noise)
+    def gaussian_noise(self) -> GaussianNoise | None:
+        if self.noise is None:
+            return None
+        return GaussianNoise(*self.noise, torch.Generator().manual_seed(self.seed))
 
     def rank_schedule(self) -> RankSchedule:
         return RankSchedule(self.schedule, NUM_ROUNDS, self.initiating_rounds, 1, RANK_MAX, RANK_MIN)
@@ -125,7 +124,9 @@ class Case:
             client_ranks=self.client_ranks,
             aggregator=AGGREGATORS[self.kind],
             weights=self.weights,
-            flat_update=self.flat_update(),
+            combiner=COMBINERS.get(self.robust, weighted_mean),
+            optimizer=self.optimizer,
+            noise=self.gaussian_noise(),
             screening=Screening(self.norm_bound, chooses, 1),
             freezes=self.freezes,
             is_spectral=self.is_spectral,
@@ -423,12 +424,12 @@ def play(
 
 def _snapshot(coordinator: Coordinator) -> Coordinator:
     """A copy without what later rounds change in place."""
-    after, update = copy(coordinator), copy(coordinator.switches.flat_update)
+    after, update = copy(coordinator), copy(coordinator.flat_update)
     after.frozen = [list(kept) for kept in after.frozen]
     after.variate = None if after.variate is None else after.variate.clone()
     if update.moments is not None:
         update.moments = Moments(update.moments.first.clone(), update.moments.second.clone())
-    after.switches = replace(after.switches, flat_update=update)
+    after.flat_update = update
     return after
 
 

@@ -58,7 +58,9 @@ def combination_of(
     )
     of_plan = {name: value for name, value in changes.items() if name in RoundPlan.__dataclass_fields__}
     of_switches = {name: value for name, value in changes.items() if name not in of_plan}
-    return Combination(shapes, replace(switches, **of_switches), replace(plan, **of_plan), state)
+    switches = replace(switches, **of_switches)
+    update = FlatUpdate(switches.combiner, switches.optimizer, switches.noise)
+    return Combination(shapes, switches, replace(plan, **of_plan), state, update)
 
 
 def update_of(client_id: int, values: Tensor, num_examples: int = 1) -> ClientUpdate:
@@ -233,15 +235,15 @@ def test_directions_that_no_client_of_the_round_has_trained_stay() -> None:
 
 
 def test_the_server_steps_from_the_state_that_the_clients_received() -> None:
-    half = FlatUpdate(optimizer=ServerOptimizer("momentum", 0.5, 0.0, 0.0, 0.0))
-    combination = combination_of(SMALL, STATE, (2,), aggregator=AGGREGATORS["factors"], flat_update=half)
+    half = ServerOptimizer("momentum", 0.5, 0.0, 0.0, 0.0)
+    combination = combination_of(SMALL, STATE, (2,), aggregator=AGGREGATORS["factors"], optimizer=half)
     values = combination.next_values(used_of(combination, {0: ONE, 1: OTHER}), [0.25, 0.75])
     assert torch.equal(values, (STATE + MEAN) / 2)
 
 
 def test_noise_reaches_all_that_is_sent_and_never_the_fixed_factor() -> None:
     noise = GaussianNoise(100.0, 0.01, 2.0, torch.Generator().manual_seed(0))
-    combination = combination_of(SMALL, STATE, (2,), scope="b", flat_update=FlatUpdate(noise=noise))
+    combination = combination_of(SMALL, STATE, (2,), scope="b", noise=noise)
     for rows in ({}, {0: torch.arange(5.0)}):
         values = combination.next_values(used_of(combination, rows), [1.0] * len(rows))
         assert torch.equal(values[:6], STATE[:6])
@@ -255,7 +257,7 @@ def test_noise_reaches_all_that_is_sent_and_never_the_fixed_factor() -> None:
 
 def test_robust_combinations_are_of_products_and_of_head_values() -> None:
     # Products 8, 2 and -50 in the corner: the median is 2, whatever the factors are.
-    combination = combination_of(SMALL, STATE, (2,), flat_update=FlatUpdate(coordinate_median))
+    combination = combination_of(SMALL, STATE, (2,), combiner=coordinate_median)
     corners = {0: (4.0, 2.0, 1.0), 1: (-1.0, -2.0, 3.0), 2: (-50.0, 1.0, 90.0)}
     rows = {
         client_id: flat_of([[a, 0, 0], [0, 0, 0]], [[b, 0], [0, 0]], head)
@@ -281,7 +283,7 @@ def test_without_any_update_the_state_is_the_only_summand(kind: str) -> None:
 
 @pytest.mark.parametrize("combiner", [coordinate_median, trimmed_mean(1)])
 def test_a_robust_method_without_any_update_keeps_the_state_too(combiner: Any) -> None:
-    combination = combination_of(SMALL, STATE, (2,), flat_update=FlatUpdate(combiner))
+    combination = combination_of(SMALL, STATE, (2,), combiner=combiner)
     aggregate = combination.sums(combination.next_values([], []), [], [])[0].cut(2, 2)
     assert torch.allclose(dense(aggregate.active), dense(combination.reference()[0][0]))
 

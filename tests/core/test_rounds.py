@@ -666,7 +666,7 @@ def test_the_server_steps_along_the_mean_and_its_moments_go_through_cuts(case: C
             m, v = carried(m, played, new, 1), carried(v, played, new, 2)
         else:
             assert distance(shared_state(played.plan, played.got), new) < 1e-5
-        moments = played.coordinator.switches.flat_update.moments
+        moments = played.coordinator.flat_update.moments
         assert (moments is None) == (not bool(m.any()))
         if moments is not None:
             assert distance(moments.first.double(), m) < 1e-3
@@ -930,7 +930,7 @@ def test_a_rejected_cut_leaves_no_trace(case: Case) -> None:
         assert played.next_plan == replace(wanted.next_plan, temperature=played.next_plan.temperature)
         assert torch.equal(played.message, wanted.message)
         assert played.report.dropped_energy == wanted.report.dropped_energy
-        moments = [one.coordinator.switches.flat_update.moments for one in (played, wanted)]
+        moments = [one.coordinator.flat_update.moments for one in (played, wanted)]
         assert case.optimizer is None or torch.equal(moments[0].first, moments[1].first)
 
 

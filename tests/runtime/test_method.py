@@ -83,10 +83,10 @@ def test_presets_set_the_switches_of_their_methods(tiny_run_file, name):
     assert [switches.schedule.stage(t) for t in rounds] == wanted.pop("stages", ["annealing"] * 4)
     assert [switches.round_scope(t) for t in rounds] == wanted.pop("scopes", ["adapter"] * 4)
     assert switches.mu(4) == wanted.pop("mu", 0.0)
-    optimizer = switches.flat_update.optimizer
+    optimizer = switches.optimizer
     assert (optimizer.kind if optimizer else "none") == wanted.pop("optimizer", "none")
-    assert switches.flat_update.combiner is weighted_mean
-    assert switches.flat_update.noise is None
+    assert switches.combiner is weighted_mean
+    assert switches.noise is None
     defaults = {field.name: field.default for field in dataclasses.fields(Switches)}
     for switch in ("scope", "keeps_b", "keeps_head", "has_variates", "client_ranks", "aggregator", "weights"):
         assert getattr(switches, switch) == wanted.pop(switch, defaults[switch]), switch
@@ -222,12 +222,12 @@ def test_client_ranks_are_repeated_over_the_clients(tiny_run_file, setting, expe
 
 def test_the_robust_mean_takes_the_place_of_the_mean(tiny_run_file):
     median = switches_of(tiny_run_file, "aggregation.robust=median")
-    assert median.flat_update.combiner is coordinate_median
+    assert median.combiner is coordinate_median
     # Of 5 sorted values, trimming two on each side leaves the middle one.
     settings = ("aggregation.robust=trimmed-mean", "aggregation.num_byzantine=2", "federation.num_clients=5")
     trimmed = switches_of(tiny_run_file, *settings)
     values = [torch.tensor([x]) for x in (9.0, -50.0, 3.0, 70.0, 4.0)]
-    assert trimmed.flat_update.combiner(values, [0.2] * 5, torch.empty(1)).tolist() == [4.0]
+    assert trimmed.combiner(values, [0.2] * 5, torch.empty(1)).tolist() == [4.0]
     assert trimmed.screening.krum == ""
 
 
@@ -236,7 +236,7 @@ def test_krum_and_the_bound_screen_the_updates(tiny_run_file, kind):
     settings = ("aggregation.num_byzantine=2", "federation.num_clients=7", "aggregation.norm_bound=1.5")
     switches = switches_of(tiny_run_file, f"aggregation.robust={kind}", *settings)
     assert switches.screening == Screening(1.5, kind, 2)
-    assert switches.flat_update.combiner is weighted_mean
+    assert switches.combiner is weighted_mean
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_krum_and_the_bound_screen_the_updates(tiny_run_file, kind):
 def test_the_server_optimizer_has_its_own_rates(tiny_run_file, settings, expected):
     overrides = [f"server_optimizer.{setting}" for setting in settings]
     switches = switches_of(tiny_run_file, "federation.method=custom", "aggregation.kind=factors", *overrides)
-    assert switches.flat_update.optimizer == expected
+    assert switches.optimizer == expected
 
 
 def test_variates_are_averaged_over_the_clients_with_examples(tiny_run_file):
@@ -266,7 +266,7 @@ def test_variates_are_averaged_over_the_clients_with_examples(tiny_run_file):
 
 
 def drawn(switches):
-    return torch.randn(4, generator=copy_of(switches.flat_update.noise.generator))
+    return torch.randn(4, generator=copy_of(switches.noise.generator))
 
 
 def copy_of(generator):
@@ -276,11 +276,11 @@ def copy_of(generator):
 
 
 def test_noise_is_of_the_clipping_norm_and_the_expected_cohort(tiny_run_file):
-    noise = switches_of(tiny_run_file, *DP, *POISSON).flat_update.noise
+    noise = switches_of(tiny_run_file, *DP, *POISSON).noise
     assert (noise.clip_norm, noise.noise_multiplier, noise.expected_cohort) == (0.5, 2.0, 2)
-    everyone = switches_of(tiny_run_file, *DP).flat_update.noise
+    everyone = switches_of(tiny_run_file, *DP).noise
     assert everyone.expected_cohort == 4
-    clipped = switches_of(tiny_run_file, *DP, "privacy.noise_multiplier=0").flat_update.noise
+    clipped = switches_of(tiny_run_file, *DP, "privacy.noise_multiplier=0").noise
     assert (clipped.clip_norm, clipped.noise_multiplier) == (0.5, 0.0)
 
 
