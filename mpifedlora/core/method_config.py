@@ -22,6 +22,7 @@ from mpifedlora.core.sections import (
     PositiveInt,
     Section,
     Seed,
+    TransportConfig,
 )
 
 Scope = Literal["adapter", "full"]
@@ -204,6 +205,16 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="`bfloat16` runs the model under autocast."
     )
+    batching: Literal["shuffled", "bucketed"] = Field(
+        "shuffled",
+        description="`bucketed`: examples of similar length share a batch, so that little is padded; which "
+        "examples, and the order of the batches, still come from the seed.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the model's forward and backward passes (torch.compile); needs "
+        "federation.reproducible = false, and pays where many rounds have one rank.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto`: a GPU where the node has one for the worker, else the CPU."
     )
@@ -267,6 +278,7 @@ class RunTables(Section):
     server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()  # type: ignore[call-arg]
     privacy: PrivacyConfig = PrivacyConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    transport: TransportConfig = TransportConfig()  # type: ignore[call-arg]
 
 
 def default_of(key: str) -> Any:

@@ -159,3 +159,49 @@ class EvaluationConfig(Section):
         "test", description="`validation` for choices; needs data.validation_fraction."
     )
     batch_size: PositiveInt = Field(64, description="Examples per forward pass.")
+
+
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+
+
+class TransportConfig(Section):
+    """`[transport]`: how messages and updates cross between the processes."""
+
+    collect: Literal["auto", "gather", "reduce"] = Field(
+        "auto",
+        description="`gather`: the server receives every client's update, and sums them in client order; "
+        "`reduce`: the workers add theirs up on the way, the server holds one update whatever the cohort, "
+        "and the bits depend on the number of workers; `auto`: `gather`, unless federation.reproducible is "
+        "false, the method is a plain mean, and the cohort's updates would not fit into memory.",
+    )
+    pipeline: bool = Field(
+        True,
+        description="Under `gather`, where the method works module by module: take in one part of the "
+        "updates while the part before is aggregated and the one before that goes out. The same bits.",
+    )
+    chunk_bytes: PositiveInt | None = Field(
+        None,
+        description="Bytes of one client's update in a part, at least the largest module's; by default "
+        "the larger of that and 1 MiB.",
+    )
+    uplink_dtype: WireDtype = Field(
+        "float32",
+        description="What a client's update is sent as. Other than `float32`: the change since the broadcast, "
+        "rounded; `int8` with one scale a LoRA direction, or a row of a matrix, and stochastic rounding.",
+    )
+    downlink_dtype: WireDtype = Field(
+        "float32", description="What the global state is sent as; the server goes on from what it sent."
+    )
+    error_feedback: bool = Field(
+        False,
+        description="Add to each message what the rounding of the last one has lost. Needs a basis that "
+        "lasts: `factors`, `b-only` or the whole model.",
+    )
+    reduce_dtype: Literal["float32", "float64"] = Field(
+        "float32", description="What the workers add up in under `reduce`."
+    )
+    gpu_buffers: Literal["auto", "staged", "direct"] = Field(
+        "auto",
+        description="How updates leave a GPU. `direct`: MPI reads GPU memory (it must be CUDA-aware); "
+        "`staged`: by way of page-locked memory; `auto`: `direct` where a trial transfer works.",
+    )
