@@ -103,6 +103,19 @@ class AdapterLayout:
         """Values in the whole buffer."""
         return self.factor_values + sum(math.prod(tensor.shape) for tensor in self.whole)
 
+    @cached_property
+    def piece_values(self) -> tuple[int, ...]:
+        """Values of each piece in the order of the buffer: a module's A and B, or a tensor exchanged whole."""
+        pairs = zip(self.modules, self._held, strict=True)
+        modules = (a * module.in_features + b * module.out_features for module, (a, b) in pairs)
+        return (*modules, *(math.prod(tensor.shape) for tensor in self.whole))
+
+    def select(self, first: int, last: int) -> AdapterLayout:
+        """Return the layout of pieces first..last-1, which are contiguous in the buffer."""
+        num = len(self.modules)
+        whole = self.whole[max(0, first - num) : max(0, last - num)]
+        return AdapterLayout(self.modules[first:last], self.lora_ranks[first:last], whole, self.parts)
+
     def factors(self, flat: Tensor) -> list[Factors]:
         """Return views of each module's A and B.
 
