@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOP = "mpifedlora"
-MPI_FILE = "mpifedlora.transport.mpi"
+MPI_FILE = "mpifedlora.transport.mpi.joining"
 
 # Imports point down: from a higher number to a lower one, or to the same floor.
 FLOORS = {"errors": 0, "core": 1, "transport": 2, "training": 2, "io": 2, "runtime": 3, "cli": 4}

@@ -25,6 +25,8 @@ from mpifedlora.core.lowrank import (
     stack_weighted,
     svd_of_matrix,
     svd_of_product,
+    svds_of_matrices,
+    svds_of_products,
 )
 from mpifedlora.core.server_optimizer import CutMap, cut_map
 from mpifedlora.errors import AggregationError
@@ -177,7 +179,17 @@ class ModuleSum:
         """Singular triplets of what is cut."""
         if self.dense is not None:
             return svd_of_matrix(self.dense)
-        return svd_of_product(self.exact if self.mean is None else self.mean)
+        return svd_of_product(self.product)
+
+    @property
+    def product(self) -> Factors:
+        """The factors that are cut, where no dense matrix stands in for them."""
+        return self.exact if self.mean is None else self.mean
+
+    def needs_svd(self, active_rank: int) -> bool:
+        """Tell whether `cut` and `map` at this active rank look at the singular triplets."""
+        keeps_mean = self.mean is not None and active_rank == self.mean.lora_rank
+        return self.aggregator.active != "restart" and not keeps_mean
 
     def cut(self, kept_rank: int, active_rank: int) -> ModuleAggregate:
         """Keep the strongest directions (Eckart-Young); one SVD is both sum and cut.
@@ -216,3 +228,23 @@ class ModuleSum:
 
     def _nothing(self) -> Factors:
         return Factors(self.exact.a[:0], self.exact.b[:, :0])
+
+
+def decompose(sums: Sequence[ModuleSum], active_ranks: Sequence[int], device: str = "cpu") -> None:
+    """Find the singular triplets that the cuts of these sums look at, all in one call.
+
+    A sum that has its triplets keeps them. What is not found here is found at its first use, on the CPU.
+
+    Args:
+        sums: of the round's modules, or of some of them: on the CPU that changes no bit.
+        active_ranks: per sum, the rank of its coming `cut` and `map`; 0 for one that is not known yet.
+        device: where to work, as torch names it.
+    """
+    pairs = zip(sums, active_ranks, strict=True)
+    missing = [part for part, active_rank in pairs if part.needs_svd(active_rank) and "svd" not in vars(part)]
+    robust = [(part, part.dense) for part in missing if part.dense is not None]
+    others = [part for part in missing if part.dense is None]
+    for (part, _), svd in zip(robust, svds_of_matrices([dense for _, dense in robust], device), strict=True):
+        part.svd = svd
+    for part, svd in zip(others, svds_of_products([part.product for part in others], device), strict=True):
+        part.svd = svd

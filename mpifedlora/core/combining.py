@@ -15,7 +15,7 @@ from mpifedlora.core.robust import Combiner, combine_products
 from mpifedlora.core.screening import Contribution
 from mpifedlora.core.server_update import FlatUpdate
 from mpifedlora.core.switches import Switches
-from mpifedlora.core.wire import ClientUpdate
+from mpifedlora.core.wire import ClientUpdate, UpdateHeader, broadcast_values
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ class Combination:
         factors = [] if self.plan.keeps_b else layout.factors(self.state)
         return factors, layout.whole_values(self.state)
 
+    def update(self, header: UpdateHeader, row: Tensor) -> ClientUpdate:
+        """Return what a client has trained, from the bytes of its row; under float32 a view of them."""
+        plan, wire = self.plan, self.switches.wire
+        if plan.has_variates:  # the row holds the variate's change too, in float32
+            return ClientUpdate(**vars(header), values=row.view(torch.float32))
+        layout = plan.shared_layout(self.shapes, header.client_id)
+        reference = broadcast_values(plan, self.shapes, self.state, header.client_id)
+        return ClientUpdate(**vars(header), values=wire.decode_update(layout, row, reference))
+
     def contribution(self, update: ClientUpdate) -> Contribution:
         """Return a client's update with what it did not send taken from the state."""
         shared = self.plan.shared_layout(self.shapes, update.client_id)
@@ -52,13 +61,9 @@ class Combination:
 
     def weights(self, used: Sequence[Contribution]) -> list[float]:
         """Return the weight of each update, summing to 1."""
-        if not used:
-            return []
-        if self.switches.weights == "frobenius":
+        if used and self.switches.weights == "frobenius":
             return frobenius_weights([part.factors for part in used])
-        if self.switches.weights == "equal":
-            return normalise([1.0] * len(used))
-        return normalise([part.update.num_examples for part in used])
+        return normalise([self.switches.counts(part.update) for part in used]) if used else []
 
     @property
     def is_mean(self) -> bool:

@@ -105,7 +105,7 @@ class AdapterLayout:
 
     @cached_property
     def piece_values(self) -> tuple[int, ...]:
-        """Values of each piece in the order of the buffer: a module's A and B, or a tensor exchanged whole."""
+        """Values of each piece in the order of the buffer: a module's A and B, or a whole tensor."""
         pairs = zip(self.modules, self._held, strict=True)
         modules = (a * module.in_features + b * module.out_features for module, (a, b) in pairs)
         return (*modules, *(math.prod(tensor.shape) for tensor in self.whole))
@@ -140,6 +140,16 @@ class AdapterLayout:
     def whole_values(self, flat: Tensor) -> Tensor:
         """Return the flat part of the buffer behind all factors."""
         return flat[self.factor_values : self.num_values]
+
+
+def piece_span(sizes: Sequence[int], first: int, last: int) -> slice:
+    """Return where pieces first..last-1 lie, from the sizes of all.
+
+    >>> piece_span((3, 5, 2), 1, 3)
+    slice(3, 10, None)
+    """
+    start = sum(sizes[:first])
+    return slice(start, start + sum(sizes[first:last]))
 
 
 def copy_common(source: AdapterLayout, values: Tensor, target: AdapterLayout, out: Tensor) -> Tensor:

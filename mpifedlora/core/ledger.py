@@ -1,4 +1,4 @@
-"""Bytes of a run: counted on the buffers that are sent, and in closed form from the layout.
+"""Bytes of a run, in closed form from the plan of each round.
 
 `uplink_bytes` and `downlink_bytes` are what the clients of a real federation would send and
 receive, headers included. Three rules follow: what every client has before round 1 (pre-trained
@@ -9,18 +9,30 @@ version of a factor that changed meanwhile; a client of a lower rank receives it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from mpifedlora.core.codec import num_bytes, piece_bytes
 from mpifedlora.core.layout import DENSE, AdapterLayout, ModelShapes, Parts
 from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, downlink_header_bytes
-from mpifedlora.core.wire import VALUE_BYTES, ClientUpdate
+from mpifedlora.core.wire import VALUE_BYTES
 
-_FACTORS: tuple[Parts, ...] = ("a", "b")
+_FACTORS = ("a", "b")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was sent: payload values, and bytes with headers."""
+
+    values: int
+    bytes: int
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.values + other.values, self.bytes + other.bytes)
 
 
 class Ledger:
@@ -28,91 +40,90 @@ class Ledger:
 
     Args:
         num_clients: clients of the federation.
+        dtype: wire dtype of the downlink; `float32` where clients keep control variates.
     """
 
-    def __init__(self, num_clients: int) -> None:
-        self.once: list[_Once] = []  # values of everything that went out once, in order
+    def __init__(self, num_clients: int, dtype: str = "float32") -> None:
+        self.dtype = dtype
+        self.once: list[_Once] = []  # sizes of everything that went out once, in order
         self.heard = [0] * num_clients  # how many of those each client has received
         self.changed = dict.fromkeys(_FACTORS, 0)  # the round that last sent each factor
         self.joined = [0] * num_clients  # the round each client last took part in
 
-    def count_downlink(self, plan: RoundPlan, shapes: ModelShapes) -> int:
-        """Return the downlink bytes of a round, and note what its cohort has now received."""
-        self.once.append(_Once.of(plan, shapes))
+    def count_downlink(self, plan: RoundPlan, shapes: ModelShapes) -> Traffic:
+        """Return the downlink of a round, and note what its cohort has now received."""
+        self.once.append(_Once.of(self.dtype, plan, shapes))
         for factor in _FACTORS:
             if plan.restarts:
                 self.changed[factor] = 0
             elif plan.sends_state and factor in plan.sends_parts:
                 self.changed[factor] = plan.round_num
-        values = sum(self._values(plan, shapes, client_id) for client_id in plan.cohort)
-        for client_id in plan.cohort:
-            self.heard[client_id], self.joined[client_id] = len(self.once), plan.round_num
+        starts = {self.heard[client_id] for client_id in plan.cohort}
+        missed = {first: self._caught_up(first, shapes) for first in starts}
         header = downlink_header_bytes(len(shapes.modules), has_variates=plan.has_variates)
-        return len(plan.cohort) * header + VALUE_BYTES * values
+        total = Traffic(0, len(plan.cohort) * header)
+        for client_id in plan.cohort:
+            total += missed[self.heard[client_id]] + self._state(plan, shapes, client_id)
+            self.heard[client_id], self.joined[client_id] = len(self.once), plan.round_num
+        return total
 
-    def _values(self, plan: RoundPlan, shapes: ModelShapes, client_id: int) -> int:
-        missed = _once_values(self.once[self.heard[client_id] :], shapes)
+    def _caught_up(self, first: int, shapes: ModelShapes) -> Traffic:
+        # The last message counts as it is. Of those before, a module's sum is one matrix where that is less.
+        *before, last = self.once[first:]
+        earlier = sum((one.frozen for one in before), np.zeros_like(last.frozen))
+        num_modules = len(shapes.modules)
+        matrices = _by_piece(self.dtype, shapes.frozen((DENSE,) * num_modules))[:, num_modules:]
+        frozen = last.frozen + np.where(matrices[1] < earlier[1], matrices, earlier)
+        return sum((one.others for one in (*before, last)), Traffic(*frozen.sum(axis=1).tolist()))
+
+    def _state(self, plan: RoundPlan, shapes: ModelShapes, client_id: int) -> Traffic:
         if not plan.sends_state:
-            return missed
+            return Traffic(0, 0)
         shared = plan.shared_layout(shapes, client_id)
-        variate = shared.num_values if plan.has_variates else 0
-        if plan.scope == "full":
-            return missed + variate + shared.num_values
-        return missed + variate + self._state_values(replace(shared, parts=""), client_id)
-
-    def _state_values(self, layout: AdapterLayout, client_id: int) -> int:
-        due = (factor for factor in _FACTORS if self.changed[factor] > self.joined[client_id])
-        return layout.num_values + sum(replace(layout, parts=factor).factor_values for factor in due)
+        due = "".join(factor for factor in _FACTORS if self.changed[factor] > self.joined[client_id])
+        state = shared if plan.scope == "full" else replace(shared, parts=cast(Parts, due))
+        return _total(self.dtype, [state, shared] if plan.has_variates else [state])
 
 
 class _Once(NamedTuple):
-    """Values of what one message holds once: base weights and maps, and frozen parts by module."""
+    """What one message holds once: base weights and maps, and (values and bytes, module) of frozen parts."""
 
-    others: int
+    others: Traffic
     frozen: npt.NDArray[np.int64]
 
     @staticmethod
-    def of(plan: RoundPlan, shapes: ModelShapes) -> _Once:
+    def of(dtype: str, plan: RoundPlan, shapes: ModelShapes) -> _Once:
         parts = plan.segments(shapes)
-        sides, whole = _sides_and_whole(shapes)
-        ranks = np.array(plan.frozen_ranks, np.int64)
-        return _Once(
-            parts.base.num_values + parts.maps.num_values, np.where(ranks == DENSE, whole, ranks * sides)
-        )
+        sizes, num_modules = _by_piece(dtype, parts.frozen), len(shapes.modules)
+        frozen, matrices = sizes[:, :num_modules], sizes[:, num_modules:]
+        frozen[:, np.array(plan.frozen_ranks) == DENSE] = matrices
+        return _Once(_total(dtype, (parts.base, parts.maps)), frozen)
 
 
-def _sides_and_whole(shapes: ModelShapes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    sizes = np.array([module[1:] for module in shapes.modules], np.int64).reshape(-1, 2)
-    return sizes.sum(axis=1), sizes.prod(axis=1)
+def _by_piece(dtype: str, layout: AdapterLayout) -> npt.NDArray[np.int64]:
+    return np.array([layout.piece_values, piece_bytes(dtype, layout)], np.int64)
 
 
-def _once_values(missed: Sequence[_Once], shapes: ModelShapes) -> int:
-    """Count the last message as it is; of those before, a module's sum is one matrix where that is less."""
-    *before, last = missed
-    earlier = sum((one.frozen for one in before), np.zeros_like(last.frozen))
-    frozen = last.frozen + np.minimum(earlier, _sides_and_whole(shapes)[1])
-    return int(sum(one.others for one in missed) + frozen.sum())
+def _total(dtype: str, layouts: Iterable[AdapterLayout]) -> Traffic:
+    sizes = (Traffic(layout.num_values, num_bytes(dtype, layout)) for layout in layouts)
+    return sum(sizes, Traffic(0, 0))
 
 
-def count_uplink(updates: Sequence[ClientUpdate]) -> int:
-    """Return the bytes that the clients of a round have sent."""
-    return sum(HEADER_BYTES + update.values.nbytes for update in updates)
+def count_uplink(plan: RoundPlan, shapes: ModelShapes, dtype: str = "float32") -> Traffic:
+    """Return the uplink of a round: what its cohort sends back.
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """Total of a whole run in one direction or both: payload values, and bytes with headers."""
-
-    values: int
-    bytes: int
-
-    def reduction(self, baseline: Traffic) -> float:
-        """Return 1 - bytes / baseline bytes."""
-        return 1 - self.bytes / baseline.bytes
+    Args:
+        plan: of the round.
+        shapes: of the model.
+        dtype: wire dtype of the uplink; `float32` where control variates go with the updates.
+    """
+    rows = [plan.shared_layout(shapes, client_id) for client_id in plan.cohort]
+    headers = Traffic(0, HEADER_BYTES * len(rows))
+    return headers + _total(dtype, rows * 2 if plan.has_variates else rows)
 
 
 def fixed_traffic(shapes: ModelShapes, num_values: int, cohort_sizes: Sequence[int]) -> Traffic:
-    """Uplink and downlink of a run that exchanges num_values values both ways in every round.
+    """Return uplink and downlink of a run that exchanges num_values float32 both ways in every round.
 
     The first round's downlink holds headers only, as everywhere.
 

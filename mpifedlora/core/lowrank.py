@@ -1,12 +1,13 @@
 """Algebra on products b @ a of low inner dimension, without forming the product.
 
 Shapes: `b` (out_features, k), `a` (k, in_features); energies are squared Frobenius norms in float64.
+The SVDs take stacks of equal shapes as well, with one more dimension in front.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ INITIAL_ROW_NORM = 1 / math.sqrt(3)
 # matrix product: measured at inner dimensions of some hundred, where the choice is close.
 QR_COST = 3.0
 SVD_COST = 2.7
+
+# Factors that are on a device at a time: 1 GiB of float32, as large ones gain nothing from company.
+BATCH_VALUES = 2**28
 
 
 class Svd(NamedTuple):
@@ -44,19 +48,71 @@ def stack_weighted(factors: Sequence[Factors], weights: Sequence[float]) -> Fact
     return Factors(torch.cat([factor.a for factor in factors]), b)
 
 
+def svds_of_products(products: Sequence[Factors], device: str = "cpu") -> list[Svd]:
+    """Return the SVD of each b @ a: one by one on the CPU, elsewhere in batches of equal shapes.
+
+    On the CPU the bits of a result do not depend on which products are given together. On another
+    device they may, and so do the signs of directions whose largest entries tie.
+
+    Args:
+        products: on the CPU, each as `svd_of_product` takes it; shapes may differ.
+        device: where to work, as torch names it.
+
+    Returns:
+        One `svd_of_product` a product, on the CPU, in the order given.
+    """
+    return _svds(lambda a, b: svd_of_product(Factors(a, b)), products, device)
+
+
+def svds_of_matrices(matrices: Sequence[Tensor], device: str = "cpu") -> list[Svd]:
+    """Return the SVD of each matrix, found as `svds_of_products` does.
+
+    Args:
+        matrices: on the CPU, each (out, in), float32 or float64; shapes may differ.
+        device: where to work, as torch names it.
+
+    Returns:
+        One `svd_of_matrix` a matrix, on the CPU, in the order given.
+    """
+    return _svds(svd_of_matrix, [(matrix,) for matrix in matrices], device)
+
+
+def _svds(find: Callable[..., Svd], items: Sequence[tuple[Tensor, ...]], device: str) -> list[Svd]:
+    if torch.device(device).type == "cpu":
+        # A batched matrix product rounds unlike a single one, and LAPACK works matrix by matrix anyway.
+        return [find(*item) for item in items]
+    return _svds_in_batches(find, items, device)
+
+
+def _svds_in_batches(find: Callable[..., Svd], items: Sequence[tuple[Tensor, ...]], device: str) -> list[Svd]:
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for place, item in enumerate(items):
+        alike.setdefault(tuple((part.shape, part.dtype) for part in item), []).append(place)
+    svds: dict[int, Svd] = {}
+    for places in alike.values():
+        num_values = sum(part.numel() for part in items[places[0]])
+        length = max(1, BATCH_VALUES // max(1, num_values))
+        for start in range(0, len(places), length):
+            batch = places[start : start + length]
+            columns = zip(*(items[place] for place in batch), strict=True)
+            found = find(*(torch.stack(column).to(device) for column in columns))
+            svds.update(zip(batch, map(Svd, *(part.cpu() for part in found)), strict=True))
+    return [svds[place] for place in range(len(items))]
+
+
 def svd_of_product(product: Factors) -> Svd:
     """Return the SVD of b @ a, from the factors or from the dense product, whichever costs less.
 
     Signs are fixed (largest entry of each row of vt positive), so that runs and machines agree.
 
     Args:
-        product: `b` (out, k) and `a` (k, in), float32 or float64.
+        product: `b` (out, k) and `a` (k, in), or stacks of them, float32 or float64.
 
     Returns:
         min(out, k, in) triplets from the factors, min(out, in) from the dense product.
     """
-    out_features, in_features = product.b.shape[0], product.a.shape[1]
-    cheaper = factored_is_cheaper(out_features, in_features, product.lora_rank)
+    out_features, inner = product.b.shape[-2:]
+    cheaper = factored_is_cheaper(out_features, product.a.shape[-1], inner)
     return _svd_factored(product) if cheaper else _svd_dense(product)
 
 
@@ -67,9 +123,9 @@ def svd_of_matrix(dense: Tensor) -> Svd:
     SVD of a long matrix and errs by that type's rounding, as the returned vectors do anyway.
 
     Args:
-        dense: (out, in), float32 or float64.
+        dense: (out, in), or a stack of them, float32 or float64.
     """
-    out_features, in_features = dense.shape
+    out_features, in_features = dense.shape[-2:]
     if out_features < in_features:
         turned = svd_of_matrix(dense.mT)
         return _with_fixed_signs(turned.vt.mT, turned.s, turned.u.mT)
@@ -84,7 +140,7 @@ def factored_is_cheaper(out_features: int, in_features: int, inner: int) -> bool
     """Tell whether the SVD of b @ a costs less from its factors than from the dense product.
 
     A model: floating-point operations of each step, times what one costs in that kind of step
-    relative to a matrix product. benchmarks/aggregation.py checks it against measured times.
+    relative to a matrix product. benchmarks/bench_aggregation.py checks it against measured times.
 
     Args:
         out_features: rows of b, at least 1.
@@ -146,7 +202,7 @@ def _triplets(core: Tensor, dtype: torch.dtype) -> Svd:
 
 
 def _with_fixed_signs(u: Tensor, s: Tensor, vt: Tensor) -> Svd:
-    largest = vt.gather(1, vt.abs().argmax(dim=1, keepdim=True))
+    largest = vt.gather(-1, vt.abs().argmax(dim=-1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(vt.dtype)
     return Svd(u * signs.mT, s, vt * signs)
 

@@ -8,9 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpifedlora.core.layout import DENSE, Factors, LinearShape, ModelShapes, copy_common
-from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.codec import decode, encode, num_bytes, piece_bytes
+from mpifedlora.core.layout import (
+    DENSE,
+    AdapterLayout,
+    Factors,
+    LinearShape,
+    ModelShapes,
+    copy_common,
+    piece_span,
+)
+from mpifedlora.core.plan import RoundPlan, Segments
 from mpifedlora.core.server_optimizer import CutMap
+from mpifedlora.core.wire import WireFormat
+
+FROZEN, STATE = Segments._fields.index("frozen"), Segments._fields.index("state")
+
+
+class Lost(NamedTuple):
+    """What rounding has lost of the state that was last sent: `values` in `layout`."""
+
+    layout: AdapterLayout
+    values: Tensor
 
 
 class Opening(NamedTuple):
@@ -20,20 +39,26 @@ class Opening(NamedTuple):
         plan: of the round.
         message: (message_values,) float32.
         state: (layout values,) float32, the last part of the message where that holds all of it.
+        wire: bytes of the message as it is sent, padded to whole units; under float32 the message's own.
     """
 
     plan: RoundPlan
     message: Tensor
     state: Tensor
+    wire: Tensor
 
 
-def prepare(shapes: ModelShapes, plan: RoundPlan) -> Opening:
+def prepare(shapes: ModelShapes, plan: RoundPlan, wire: WireFormat) -> Opening:
     """Return an opening with empty buffers."""
-    message = torch.empty(plan.message_values(shapes))
+    buffer = wire.message_buffer(plan, shapes)
+    if wire.downlink == "float32":
+        message = wire.as_message(plan, shapes, buffer)
+    else:
+        message = torch.empty(plan.message_values(shapes))
     layout = plan.layout(shapes)
     if plan.segments(shapes).state == layout:
-        return Opening(plan, message, plan.split(shapes, message).state)
-    return Opening(plan, message, torch.empty(layout.num_values))
+        return Opening(plan, message, plan.split(shapes, message).state, buffer)
+    return Opening(plan, message, torch.empty(layout.num_values), buffer)
 
 
 def complete(shapes: ModelShapes, opening: Opening, variate: Tensor | None) -> Opening:
@@ -46,6 +71,71 @@ def complete(shapes: ModelShapes, opening: Opening, variate: Tensor | None) -> O
     if variate is not None and layouts.variate.num_values:
         parts.variate.copy_(variate)
     return opening
+
+
+def round_message(shapes: ModelShapes, opening: Opening, wire: WireFormat, lost: Lost | None) -> Lost | None:
+    """Round a message to what is sent of it, and the state with it; nothing to do under float32.
+
+    Args:
+        shapes: of the model.
+        opening: whose wire, message and state are written.
+        wire: dtypes.
+        lost: by the last message, added to this one where its state has the same layout.
+
+    Returns:
+        What is lost now, if it is to be added to the next message.
+    """
+    if wire.downlink == "float32":
+        return None
+    rounding = Rounding(shapes, opening, wire, lost)
+    for index, layout in enumerate(opening.plan.segments(shapes)):
+        rounding.round_pieces(index, 0, len(layout.piece_values))
+    rounding.update_state()
+    return rounding.lost
+
+
+class Rounding:
+    """Rounds a message, any range of its pieces at a time.
+
+    Args:
+        shapes: of the model.
+        opening: whose wire, message and state are written.
+        wire: dtypes; the downlink's is not float32.
+        before: what the last message has lost.
+    """
+
+    def __init__(self, shapes: ModelShapes, opening: Opening, wire: WireFormat, before: Lost | None) -> None:
+        plan, self.dtype = opening.plan, wire.downlink
+        self.shapes, self.opening = shapes, opening
+        self.layouts, self.values = plan.segments(shapes), plan.split(shapes, opening.message)
+        sizes = [num_bytes(self.dtype, layout) for layout in self.layouts]
+        self.bytes = torch.split(opening.wire[: sum(sizes)], sizes)
+        uniform = wire.rounding(self.dtype, opening.message.numel(), plan.round_num)
+        lengths = [layout.num_values for layout in self.layouts]
+        self.uniform = [None] * len(sizes) if uniform is None else torch.split(uniform, lengths)
+        self.lost = Lost(self.layouts.state, torch.zeros(lengths[STATE])) if wire.has_feedback else None
+        is_same = before is not None and before.layout == self.layouts.state
+        self.before = before.values if before is not None and is_same else None
+
+    def round_pieces(self, segment: int, first: int, last: int) -> None:
+        """Write pieces first..last-1 of a segment to the wire, and make their values what is read from it."""
+        whole = self.layouts[segment]
+        layout, span = whole.select(first, last), piece_span(whole.piece_values, first, last)
+        values, uniform = self.values[segment][span], self.uniform[segment]
+        target = self.bytes[segment][piece_span(piece_bytes(self.dtype, whole), first, last)]
+        if segment == STATE and self.before is not None:
+            values.add_(self.before[span])
+        exact = values.clone() if segment == STATE and self.lost is not None else None
+        encode(self.dtype, layout, values, target, None if uniform is None else uniform[span])
+        decode(self.dtype, layout, target, values)
+        if exact is not None and self.lost is not None:
+            torch.sub(exact, values, out=self.lost.values[span])
+
+    def update_state(self) -> None:
+        """Take into the state what the message holds of it, where it does not lie in the message."""
+        layout = self.opening.plan.layout(self.shapes)
+        if self.layouts.state != layout:
+            copy_common(self.layouts.state, self.values.state, layout, self.opening.state)
 
 
 def frozen_form(module: LinearShape, frozen: Factors) -> int:
@@ -82,3 +172,9 @@ def write_leading(sources: Sequence[Factors], targets: Sequence[Factors]) -> Non
     for source, target in zip(sources, targets, strict=True):
         target.a[: source.a.shape[0]].copy_(source.a)
         target.b[:, : source.b.shape[1]].copy_(source.b)
+
+
+def write_state(layout: AdapterLayout, state: Tensor, active: Sequence[Factors], whole: Tensor) -> None:
+    """Write a state: its leading directions, and what is exchanged whole."""
+    write_leading(active, layout.factors(state))
+    layout.whole_values(state).copy_(whole)

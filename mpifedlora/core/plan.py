@@ -24,7 +24,16 @@ ABSENT = -1
 _UNLIMITED = 2**31 - 1
 _SCOPES = ("adapter", "full", "a", "b")
 _PARTS: tuple[Parts, ...] = ("", "a", "b", "ab")
-_FLAGS = ("sends_base", "sends_state", "evaluates", "stops", "keeps_b", "keeps_head", "has_variates")
+_FLAGS = (
+    "sends_base",
+    "sends_state",
+    "evaluates",
+    "stops",
+    "keeps_b",
+    "keeps_head",
+    "has_variates",
+    "reduces",
+)
 
 
 def header_record(**fields: str) -> np.dtype[np.void]:
@@ -83,6 +92,7 @@ class RoundPlan:
         keeps_b: whether B stays with its client, and only A and the head are shared.
         keeps_head: whether the head stays too, then.
         has_variates: whether control variates go with state and updates (SCAFFOLD).
+        reduces: whether the workers add up their clients' updates, and the server receives one sum.
         evaluates: whether the workers measure the incoming model before they train.
         stops: whether the workers end here.
         learning_rate: of this round.
@@ -105,6 +115,7 @@ class RoundPlan:
     keeps_b: bool = False
     keeps_head: bool = False
     has_variates: bool = False
+    reduces: bool = False
     evaluates: bool = False
     stops: bool = False
     learning_rate: float = 0.0
@@ -129,6 +140,12 @@ class RoundPlan:
     def is_partial(self) -> bool:
         """Whether a later message of the same stage may hold only some of the factors."""
         return self.scope in ("a", "b") or self.keeps_b
+
+    def stopped(self) -> RoundPlan:
+        """Return a plan like this one that ends the workers; no message goes with it."""
+        nothing = (0,) * len(self.lora_ranks)
+        kept = replace(self, frozen_ranks=nothing, mapped_ranks=(), evaluates=False)
+        return replace(kept, sends_base=False, sends_state=False, stops=True)
 
     def layout(self, shapes: ModelShapes) -> AdapterLayout:
         """Layout of the whole state: every weight, or A, B and the head."""

@@ -7,14 +7,13 @@ reads a clock or touches a file, so the same code runs under any transport and i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mpifedlora.core.aggregation import ModuleAggregate, ModuleSum
+from mpifedlora.core.aggregation import ModuleAggregate, ModuleSum, decompose
 from mpifedlora.core.allocation import spectral, uniform
 from mpifedlora.core.annealer import Annealer
 from mpifedlora.core.combining import Combination
@@ -22,44 +21,28 @@ from mpifedlora.core.fresh import initial_adapter
 from mpifedlora.core.layout import Factors, ModelShapes
 from mpifedlora.core.lowrank import concatenate
 from mpifedlora.core.opening import (
+    Lost,
     Opening,
     complete,
     frozen_form,
     prepare,
+    round_message,
     write_frozen,
-    write_leading,
     write_maps,
+    write_state,
 )
-from mpifedlora.core.plan import ABSENT, RoundPlan
+from mpifedlora.core.parts import parts_of
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.planning import parts_to_send, plan_round
+from mpifedlora.core.report import RoundReport, report_round
 from mpifedlora.core.screening import USED, Contribution
 from mpifedlora.core.server_optimizer import CutMap, carry_variate
 from mpifedlora.core.server_update import FlatUpdate
+from mpifedlora.core.streaming import RoundStream, admit
 from mpifedlora.core.switches import Switches
-from mpifedlora.core.wire import ClientUpdate
+from mpifedlora.core.wire import ClientUpdate, UpdateHeader
 
 Judge = Callable[[RoundPlan, Tensor], float]
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What a finished round has to say.
-
-    Args:
-        participants: updates that were aggregated, in client order.
-        outcomes: by client id of the cohort, `used` or why the update was left out.
-        train_loss: mean of the clients' losses, by the weights of the aggregation.
-        penalty: mean of the clients' proximal penalties, by the same.
-        aggregation_error: relative Frobenius error of what is sent against the exact sum; nan where
-            the server does not see both factors.
-        dropped_energy: share of the sum's squared norm that the cut discards.
-    """
-
-    participants: tuple[ClientUpdate, ...]
-    outcomes: dict[int, str]
-    train_loss: float
-    penalty: float
-    aggregation_error: float
-    dropped_energy: float
 
 
 class Coordinator:
@@ -89,6 +72,8 @@ class Coordinator:
         self.next_plan = self._plan(1, uniform(self.annealer.budget, shapes.modules), self._no_ranks)
         self.state = initial_state(self.next_plan)
         self.message = self.state[:0]
+        self.wire = self.message.view(torch.uint8)  # of the message, as it is sent
+        self._lost: Lost | None = None
 
     @property
     def _no_ranks(self) -> tuple[int, ...]:
@@ -100,26 +85,7 @@ class Coordinator:
         return self.switches.schedule.num_rounds
 
     def _plan(self, round_num: int, lora_ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> RoundPlan:
-        switches, schedule = self.switches, self.switches.schedule
-        planned = min(round_num, schedule.num_rounds)
-        scope = switches.round_scope(planned)
-        workers = tuple(switches.choose_workers(planned))
-        return RoundPlan(
-            round_num=round_num,
-            stage=schedule.stage(planned),
-            scope=scope,
-            lora_ranks=lora_ranks,
-            frozen_ranks=frozen_ranks,
-            workers=(ABSENT,) * len(workers) if round_num > planned else workers,
-            client_ranks=switches.client_ranks,
-            state_rounds=tuple(self.state_rounds),
-            keeps_b=switches.keeps_b,
-            keeps_head=switches.keeps_head,
-            has_variates=switches.has_variates,
-            learning_rate=switches.learning_rate(planned, scope),
-            mu=switches.mu(planned),
-            temperature=schedule.temperature(planned),
-        )
+        return plan_round(self.switches, round_num, lora_ranks, frozen_ranks, tuple(self.state_rounds))
 
     def plan(self, *, evaluates: bool = False) -> RoundPlan:
         """Return the plan of the next round; after the last round, of the final model."""
@@ -149,35 +115,102 @@ class Coordinator:
             updates: of the cohort, any order; they are summed in client order.
             judge: gives the held-out loss of a model from its plan and message, for `metropolis`.
         """
-        combination = Combination(self.shapes, self.switches, self.next_plan, self.state, self.flat_update)
+        combination = self._combination()
         received = [combination.contribution(update) for update in sorted(updates, key=lambda u: u.client_id)]
         outcomes = self.switches.screening.choose(received, *combination.reference())
         used = [part for part in received if outcomes[part.update.client_id] == USED]
         weights = combination.weights(used)
-        self._remember(used)
+        self._remember([part.update for part in used])
         aggregates = self._advance(combination, used, weights, judge)
-        exact = sum(aggregate.exact_energy for aggregate in aggregates)
-        error = _ratio(sum(part.error_energy for part in aggregates), exact) ** 0.5
-        participants = tuple(part.update for part in used)
-        return RoundReport(
-            participants=participants,
-            outcomes=outcomes,
-            train_loss=_mean([update.train_loss for update in participants], weights),
-            penalty=_mean([update.penalty for update in participants], weights),
-            aggregation_error=math.nan if self.switches.keeps_b else error,
-            dropped_energy=_ratio(sum(part.dropped_energy for part in aggregates), exact),
-        )
+        headers = [part.update for part in used]
+        return report_round(headers, outcomes, weights, aggregates, sees_factors=not self.switches.keeps_b)
 
-    def _remember(self, used: Sequence[Contribution]) -> None:
+    def finish_sum(self, headers: Sequence[UpdateHeader], total: Tensor) -> RoundReport:
+        """Finish a round from the weighted sum of the finite updates' values, which is divided here.
+
+        Args:
+            headers: of the cohort, any order.
+            total: (row_values,), sum of num_examples, or 1, times values.
+        """
+        admitted = admit(self.switches, headers)
+        used, counts = admitted.used, [self.switches.counts(header) for header in admitted.used]
+        mean, combination = total.div_(sum(counts) or 1).float(), self._combination()
+        self._remember(used)
+        parts = [combination.contribution(ClientUpdate(**vars(header), values=mean)) for header in used[:1]]
+        aggregates = self._advance(combination, parts, [1.0] * len(parts), None)
+        return report_round(used, admitted.outcomes, admitted.weights, aggregates, sees_factors=False)
+
+    def updates(self, headers: Sequence[UpdateHeader], rows: Sequence[Tensor]) -> list[ClientUpdate]:
+        """Return what clients have trained.
+
+        Args:
+            headers: of the cohort.
+            rows: bytes of each one's values; under a float32 uplink the values are views of them.
+        """
+        decode = self._combination().update
+        return [decode(header, row) for header, row in zip(headers, rows, strict=True)]
+
+    @property
+    def streams(self) -> bool:
+        """Whether the round can be finished in parts: the next plan follows from what is known now."""
+        plan, switches = self.next_plan, self.switches
+        following = switches.round_scope(min(plan.round_num + 1, self.num_rounds))
+        return switches.is_local and (plan.scope == "full") == (following == "full") and not plan.reduces
+
+    def stream(
+        self,
+        headers: Sequence[UpdateHeader],
+        part_bytes: int | None = None,
+        *,
+        evaluates: bool = False,
+        stops: bool = False,
+    ) -> RoundStream:
+        """Begin to finish a round in parts; nothing is changed before `commit`.
+
+        Args:
+            headers: of the cohort, any order.
+            part_bytes: see `core.parts.parts_of`.
+            evaluates: whether the workers measure the next model.
+            stops: whether they end instead, and get no message.
+        """
+        plan, switches = self.next_plan, self.switches
+        budget = self.annealer.propose(plan.round_num)
+        ranks, forms = uniform(budget, self.shapes.modules), self._no_ranks
+        if plan.scope != "full" and not plan.keeps_b and switches.freezes:
+            forms = tuple(old - new for old, new in zip(plan.lora_ranks, ranks, strict=True))
+        admitted = admit(switches, headers)
+        following = self._following(ranks, forms, (), self._states_after(admitted.used))
+        opening = self._prepare(following)
+        announced = following.stopped() if stops else replace(following, evaluates=evaluates)
+        parts = parts_of(plan, announced, self.shapes, switches.wire, part_bytes)
+        return RoundStream(self._combination(), admitted, parts, budget, opening, announced, self._lost)
+
+    def commit(self, stream: RoundStream) -> RoundReport:
+        """Take over what a stream has made, once all its parts are in and none was refused."""
+        self._remember(stream.admitted.used)
+        self.annealer.budget = stream.budget
+        self._enter(stream.opening, stream.lost)
+        used, outcomes, weights = stream.admitted
+        seen = not self.switches.keeps_b
+        return report_round(used, outcomes, weights, stream.aggregates, sees_factors=seen)
+
+    def _combination(self) -> Combination:
+        return Combination(self.shapes, self.switches, self.next_plan, self.state, self.flat_update)
+
+    def _remember(self, used: Sequence[UpdateHeader]) -> None:
         plan = self.next_plan
-        if self.switches.client_keeps_state:
-            for part in used:
-                self.state_rounds[part.update.client_id] = plan.round_num
+        self.state_rounds = self._states_after(used)
         if plan.has_variates:
             num_values = plan.shared_layout(self.shapes).num_values
             self.variate = torch.zeros(num_values) if self.variate is None else self.variate
-            for part in used:  # SCAFFOLD, arXiv 1910.06378, algorithm 1, line 17
-                self.variate.add_(part.update.values[num_values:], alpha=1 / self.switches.num_eligible)
+            for update in used:  # SCAFFOLD, arXiv 1910.06378, algorithm 1, line 17
+                assert isinstance(update, ClientUpdate), "variates come with whole rows"
+                self.variate.add_(update.values[num_values:], alpha=1 / self.switches.num_eligible)
+
+    def _states_after(self, used: Sequence[UpdateHeader]) -> list[int]:
+        took_part = {header.client_id for header in used}
+        present = self.next_plan.round_num
+        return [present if index in took_part else before for index, before in enumerate(self.state_rounds)]
 
     def _advance(
         self,
@@ -196,7 +229,10 @@ class Coordinator:
             return []
         sums = combination.sums(flat, used, weights)
         budget = self.annealer.propose(self.next_plan.round_num)
-        ranks = self._allocate(budget, sums)
+        ranks = present if budget == self.annealer.budget else uniform(budget, self.shapes.modules)
+        if self.switches.is_spectral and budget != self.annealer.budget:
+            ranks = spectral(budget, self.shapes.modules, [part.svd.s for part in sums], present)
+        decompose(sums, ranks, self.switches.device)
         is_carried = combination.is_mean and ranks != present
         maps = [part.map(active) for part, active in zip(sums, ranks, strict=True)] if is_carried else []
         aggregates = self._cut(sums, ranks)
@@ -210,7 +246,6 @@ class Coordinator:
         self.annealer.budget = budget
         if maps:
             self._carry(opening.plan.lora_ranks, maps)
-        self._keep_frozen(aggregates)
         self._open(opening)
         return aggregates
 
@@ -220,11 +255,11 @@ class Coordinator:
         ranks = uniform(self.annealer.budget, self.shapes.modules)
         following = self._plan(plan.round_num + 1, ranks, self._no_ranks)
         if following.scope == "full":
-            opening = prepare(self.shapes, replace(following, sends_state=True))
+            opening = self._prepare(replace(following, sends_state=True))
             advance(self.state, values, weights, opening.state)
             self._open(complete(self.shapes, opening, self.variate))
             return
-        opening = prepare(self.shapes, replace(following, sends_base=True, sends_state=True, sends_parts=""))
+        opening = self._prepare(replace(following, sends_base=True, sends_state=True, sends_parts=""))
         flat = advance(self.state, values, weights, torch.empty_like(self.state))
         num_body = self.shapes.base().num_values
         parts = opening.plan.split(self.shapes, opening.message)
@@ -234,14 +269,6 @@ class Coordinator:
 
     def _fresh(self, plan: RoundPlan, head: Tensor) -> Tensor:
         return initial_adapter(self.shapes, plan.lora_ranks, head, self.seed, plan.round_num)
-
-    def _allocate(self, budget: int, sums: Sequence[ModuleSum]) -> tuple[int, ...]:
-        present = self.next_plan.lora_ranks
-        if not self.switches.is_spectral:
-            return uniform(budget, self.shapes.modules)
-        if budget == self.annealer.budget:
-            return present
-        return spectral(budget, self.shapes.modules, [part.svd.s for part in sums], present)
 
     def _cut(self, sums: Sequence[ModuleSum], ranks: Sequence[int]) -> list[ModuleAggregate]:
         kept = self.next_plan.lora_ranks if self.switches.freezes else ranks
@@ -258,11 +285,14 @@ class Coordinator:
         before = self.next_plan.shared_layout(self.shapes)
         return carry_variate(self.variate, before, replace(before, lora_ranks=ranks), maps)
 
-    def _keep_frozen(self, aggregates: Sequence[ModuleAggregate]) -> None:
+    def _keep_frozen(self, opening: Opening) -> None:
+        """Keep what is frozen as it is sent."""
         if self.switches.aggregator.folds:
             return  # the directions of all rounds are no adapter of rank_max: the base weights hold them
-        for kept, part in zip(self.frozen, aggregates, strict=True):
-            kept.extend([part.frozen] if part.frozen.lora_rank else [])
+        layout = opening.plan.segments(self.shapes).frozen
+        flat = opening.plan.split(self.shapes, opening.message).frozen.clone()
+        for kept, factors in zip(self.frozen, layout.factors(flat), strict=True):
+            kept.extend([factors] if factors.lora_rank else [])
 
     def _assemble(
         self,
@@ -277,13 +307,9 @@ class Coordinator:
         forms = tuple(part.lora_rank for part in frozen) or self._no_ranks
         if self.switches.aggregator.folds:
             forms = tuple(map(frozen_form, self.shapes.modules, frozen)) or self._no_ranks
-        plan = self._plan(self.next_plan.round_num + 1, ranks, forms)
-        sends_parts = self.next_plan.shared_layout(self.shapes).parts if ranks == before.lora_ranks else "ab"
-        if self.switches.aggregator.active == "restart":
-            sends_parts = ""
-        mapped = before.lora_ranks if maps and plan.has_variates else ()
-        plan = replace(plan, sends_state=True, sends_parts=sends_parts, mapped_ranks=mapped)
-        opening, variate = prepare(self.shapes, plan), self._carried_variate(ranks, maps)
+        mapped = before.lora_ranks if maps and self.next_plan.has_variates else ()
+        opening = self._prepare(self._following(ranks, forms, mapped, self.state_rounds))
+        variate = self._carried_variate(ranks, maps)
         if mapped:
             write_maps(self.shapes, opening, maps)
         if not aggregates:
@@ -293,29 +319,31 @@ class Coordinator:
         if any(part.lora_rank < lora_rank for part, lora_rank in zip(active, ranks, strict=True)):
             # Directions that no client of the round had start anew: as zeros they could never be trained.
             opening.state.copy_(self._fresh(opening.plan, before.whole_values(flat)))
-        after = opening.plan.layout(self.shapes)
-        write_leading(active, after.factors(opening.state))
-        after.whole_values(opening.state).copy_(before.whole_values(flat))
+        write_state(opening.plan.layout(self.shapes), opening.state, active, before.whole_values(flat))
         write_frozen(self.shapes, opening, frozen)
         return complete(self.shapes, opening, variate)
 
+    def _following(
+        self,
+        ranks: tuple[int, ...],
+        forms: tuple[int, ...],
+        mapped: tuple[int, ...],
+        states: Sequence[int],
+    ) -> RoundPlan:
+        plan = plan_round(self.switches, self.next_plan.round_num + 1, ranks, forms, states)
+        parts = parts_to_send(self.switches, self.next_plan, self.shapes, ranks)
+        return replace(plan, sends_state=True, sends_parts=parts, mapped_ranks=mapped)
+
+    def _prepare(self, plan: RoundPlan) -> Opening:
+        return prepare(self.shapes, plan, self.switches.wire)
+
     def _open(self, opening: Opening) -> None:
-        self.next_plan, self.message, self.state = opening
+        self._enter(opening, round_message(self.shapes, opening, self.switches.wire, self._lost))
 
-    def highest_ranks(self) -> tuple[int, ...]:
-        """Return each module's rank at the full budget."""
-        return uniform(self.switches.schedule.rank_max, self.shapes.modules)
-
-    def stop_plan(self) -> RoundPlan:
-        """Return the plan that ends the workers; no message goes with it."""
-        return replace(
-            self.next_plan,
-            frozen_ranks=self._no_ranks,
-            mapped_ranks=(),
-            sends_base=False,
-            sends_state=False,
-            stops=True,
-        )
+    def _enter(self, opening: Opening, lost: Lost | None) -> None:
+        self._keep_frozen(opening)
+        self._lost = lost
+        self.next_plan, self.message, self.state, self.wire = opening
 
     def adapter(self) -> tuple[list[Factors], list[Tensor]]:
         """Return the global adapter: each module's active and frozen directions joined, and the head.
@@ -337,13 +365,3 @@ class Coordinator:
             return {}
         tensors = layout.whole_tensors(flat)
         return {shape.name: tensor for shape, tensor in zip(layout.whole, tensors, strict=True)}
-
-
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    if not values:
-        return math.nan
-    return sum(value * weight for value, weight in zip(values, weights, strict=True))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0

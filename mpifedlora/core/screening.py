@@ -57,6 +57,11 @@ class Screening:
     num_byzantine: int = 0
     least: int = 0
 
+    @property
+    def compares(self) -> bool:
+        """Whether more than finiteness and number counts."""
+        return self.norm_bound is not None or bool(self.krum)
+
     def choose(
         self, contributions: Sequence[Contribution], factors: Sequence[Factors], whole: Tensor
     ) -> dict[int, str]:

@@ -186,8 +186,8 @@ class TransportConfig(Section):
     )
     uplink_dtype: WireDtype = Field(
         "float32",
-        description="What a client's update is sent as. Other than `float32`: the change since the broadcast, "
-        "rounded; `int8` with one scale a LoRA direction, or a row of a matrix, and stochastic rounding.",
+        description="What a client's update is sent as. Other than `float32`: the change since the "
+        "broadcast, rounded; `int8`: stochastically, with one scale a LoRA direction or a row of a matrix.",
     )
     downlink_dtype: WireDtype = Field(
         "float32", description="What the global state is sent as; the server goes on from what it sent."

@@ -72,7 +72,7 @@ class FlatUpdate:
         """
         if self.noise is not None:
             self._noised_mean(old, values, self.noise, out)
-        elif not values:
+        elif not values or not old.numel():
             return out.copy_(old)
         else:
             self.combiner(values, weights, out)

@@ -12,6 +12,7 @@ from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.screening import Screening
 from mpifedlora.core.server_optimizer import ServerOptimizer
 from mpifedlora.core.server_update import GaussianNoise
+from mpifedlora.core.wire import UpdateHeader, WireFormat
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Switches:
         is_spectral: whether the budget goes to the strongest directions (else evenly to all modules).
         guidance: of measured schedules.
         mu: proximal weight of a round.
+        wire: what messages and updates are sent as.
+        reduces: whether the workers add up their clients' updates on the way.
+        device: where the server decomposes sums.
     """
 
     schedule: RankSchedule
@@ -61,11 +65,31 @@ class Switches:
     is_spectral: bool = False
     guidance: Guidance = field(default_factory=Guidance)
     mu: Callable[[int], float] = lambda round_num: 0.0
+    wire: WireFormat = field(default_factory=WireFormat)
+    reduces: bool = False
+    device: str = "cpu"
 
     @property
     def client_keeps_state(self) -> bool:
         """Whether clients keep something between rounds."""
-        return self.keeps_b or self.has_variates
+        return self.keeps_b or self.has_variates or self.wire.has_feedback
+
+    @property
+    def is_local(self) -> bool:
+        """Whether one module's next values follow from that module's updates alone.
+
+        Then a round can be finished in parts. What needs whole updates first is refused here: norms, Krum,
+        spectral allocation, a cut that is tried; and what is not worth it: the server's moments and noise,
+        control variates, folded residuals and stacks, clients' own ranks.
+        """
+        needs_norms = self.weights == "frobenius" or self.screening.compares
+        is_cut_apart = not self.is_spectral and self.schedule.kind != "metropolis"
+        is_plain = self.optimizer is None and self.noise is None and not self.has_variates
+        return is_plain and is_cut_apart and not (needs_norms or self.aggregator.folds or self.client_ranks)
+
+    def counts(self, header: UpdateHeader) -> int:
+        """Return what an update counts, as far as its header tells."""
+        return header.num_examples if self.weights == "examples" else 1
 
     def round_scope(self, round_num: int) -> str:
         """Return what a round trains: `adapter`, `full`, `a` or `b`."""

@@ -1,6 +1,7 @@
-"""Uplink rows as bytes: the header and the values that one client returns.
+"""What crosses the transport, as bytes: uplink rows (header and values), and the message of a round.
 
-Headers are fixed-size little-endian records: nothing is pickled, nothing is parsed.
+Headers are fixed-size little-endian records: nothing is pickled, nothing is parsed. Values go in one
+of the wire dtypes of `core.codec`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifedlora.core.layout import ModelShapes
+from mpifedlora.core.agreement import Bytes
+from mpifedlora.core.codec import as_values, decode, draw_uniform, encode, num_bytes
+from mpifedlora.core.layout import AdapterLayout, ModelShapes, copy_common
 from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, header_record
+from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ProtocolError
 
 VALUE_BYTES = 4
-_ALIGNMENT = 64  # bytes: rows start on cache lines, so bits do not depend on a row's place
+UNIT_BYTES = 64
+"""What crosses the transport is a whole number of these: MPI counts them, and so reaches 128 GiB.
+
+Rows start on cache lines too, so the bits of what is computed do not depend on a row's place."""
 
 UPDATE_HEADER = header_record(
     round_num="<i4",
@@ -29,11 +36,12 @@ UPDATE_HEADER = header_record(
     ranks_digest="<u4",
     num_examples="<i8",
     num_steps="<i8",
-    num_values="<i8",
+    num_bytes="<i8",
     train_loss="<f8",
     penalty="<f8",
     train_s="<f8",
 )
+_COPIED = ("client_id", "num_examples", "num_steps", "train_loss", "penalty", "train_s", "is_finite")
 
 
 def ranks_digest(lora_ranks: Sequence[int]) -> int:
@@ -41,52 +49,108 @@ def ranks_digest(lora_ranks: Sequence[int]) -> int:
     return zlib.crc32(np.array(lora_ranks, "<i4").tobytes())
 
 
-class UpdateRows:
-    """Uplink rows of several clients in one buffer, each a header and then values (float32).
+def padded(size: int) -> int:
+    """Round a number of bytes up to whole units.
 
-    Rows start on 64-byte borders, and so do the values: what is computed on a row does not depend
-    on its place in the buffer.
-
-    Args:
-        sizes: values that each client returns.
-        is_pinned: whether the buffer is page-locked, for copies from a GPU.
+    >>> padded(0), padded(1), padded(64)
+    (0, 64, 64)
     """
-
-    def __init__(self, sizes: Sequence[int], *, is_pinned: bool = False) -> None:
-        self.sizes = tuple(sizes)
-        self._starts = [0, *itertools.accumulate(row_stride(size) for size in self.sizes)]
-        self.buffer = torch.zeros(self._starts[-1], dtype=torch.uint8, pin_memory=is_pinned)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def values(self, index: int) -> Tensor:
-        """Return the values of one row (sizes[index],) float32, a view."""
-        first = self._starts[index] + HEADER_BYTES
-        return self.buffer[first : first + VALUE_BYTES * self.sizes[index]].view(torch.float32)
-
-    def header(self, index: int) -> np.void:
-        """Return the header of one row as a writable record, a view."""
-        first = self._starts[index]
-        header: np.void = self.buffer[first : first + HEADER_BYTES].numpy().view(UPDATE_HEADER)[0]
-        return header
-
-
-def row_stride(num_values: int) -> int:
-    """Bytes that a row of so many values takes in the buffer."""
-    return -(-(HEADER_BYTES + VALUE_BYTES * num_values) // _ALIGNMENT) * _ALIGNMENT
-
-
-def fitting_rows(rows: UpdateRows | None, sizes: Sequence[int], *, is_pinned: bool = False) -> UpdateRows:
-    """Return the given rows if they fit, else new ones: buffers are kept from round to round."""
-    if rows is not None and rows.sizes == tuple(sizes):
-        return rows
-    return UpdateRows(sizes, is_pinned=is_pinned)
+    return -(-size // UNIT_BYTES) * UNIT_BYTES
 
 
 @dataclass(frozen=True)
-class ClientUpdate:
-    """What one client returns.
+class WireFormat:
+    """What values are sent as.
+
+    Args:
+        uplink: wire dtype of a client's update; other than `float32` it is the change since the broadcast.
+        downlink: wire dtype of the message.
+        has_feedback: whether what rounding has lost is added to the next message.
+        seed: of the run, for stochastic rounding.
+    """
+
+    uplink: str = "float32"
+    downlink: str = "float32"
+    has_feedback: bool = False
+    seed: int = 0
+
+    def row_bytes(self, plan: RoundPlan, shapes: ModelShapes, client_id: int | None = None) -> int:
+        """Bytes of a client's values in an uplink row; without a client, at the full ranks."""
+        shared = plan.shared_layout(shapes, client_id)
+        return num_bytes(self.uplink, shared) * (2 if plan.has_variates else 1)
+
+    def message_bytes(self, plan: RoundPlan, shapes: ModelShapes) -> int:
+        """Bytes of the message that follows the plan."""
+        return sum(num_bytes(self.downlink, segment) for segment in plan.segments(shapes))
+
+    def message_buffer(self, plan: RoundPlan, shapes: ModelShapes, *, is_pinned: bool = False) -> Tensor:
+        """Return an empty buffer for the message, of whole units."""
+        size = padded(self.message_bytes(plan, shapes))
+        return torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+
+    def as_message(self, plan: RoundPlan, shapes: ModelShapes, wire: Tensor) -> Tensor:
+        """See a float32 message's bytes as values, (message_values,): no copy."""
+        return wire[: VALUE_BYTES * plan.message_values(shapes)].view(torch.float32)
+
+    def decode_message(self, plan: RoundPlan, shapes: ModelShapes, wire: Tensor) -> Tensor:
+        """Return the values of a message, (message_values,) float32; under float32 a view of its bytes."""
+        if self.downlink == "float32":
+            return self.as_message(plan, shapes, wire)
+        message = torch.empty(plan.message_values(shapes))
+        offset = 0
+        for layout, part in zip(plan.segments(shapes), plan.split(shapes, message), strict=True):
+            end = offset + num_bytes(self.downlink, layout)
+            decode(self.downlink, layout, wire[offset:end], part)
+            offset = end
+        return message
+
+    def rounding(self, dtype: str, num_values: int, round_num: int, client_id: int = 0) -> Tensor | None:
+        """Return the random numbers of stochastic rounding, (num_values,) in [0, 1), or None without it."""
+        if dtype != "int8":
+            return None
+        purpose = "rounding of the uplink" if client_id else "rounding of the downlink"
+        return draw_uniform(num_values, numpy_generator(self.seed, purpose, round_num, client_id))
+
+    def encode_update(
+        self, layout: AdapterLayout, change: Tensor, wire: Tensor, round_num: int, client_id: int
+    ) -> None:
+        """Write a client's change into its row; `change` becomes what this has lost of it.
+
+        Args:
+            layout: of what the client returns.
+            change: (layout values,) float32 since the broadcast, overwritten.
+            wire: (row_bytes,) uint8.
+            round_num: of the round.
+            client_id: whose it is.
+        """
+        uniform = self.rounding(self.uplink, layout.num_values, round_num, client_id + 1)
+        encode(self.uplink, layout, change, wire, uniform)
+        change.sub_(decode(self.uplink, layout, wire, torch.empty_like(change)))
+
+    def decode_update(self, layout: AdapterLayout, wire: Tensor, reference: Tensor) -> Tensor:
+        """Return what a client has trained, (layout values,) float32; under float32 a view of its row.
+
+        Args:
+            layout: of what the client returns, or of a range of its pieces.
+            wire: bytes of it.
+            reference: (layout values,), what it was broadcast as.
+        """
+        if self.uplink == "float32":
+            return as_values(layout, wire)
+        return decode(self.uplink, layout, wire, torch.empty(layout.num_values)).add_(reference)
+
+
+def broadcast_values(plan: RoundPlan, shapes: ModelShapes, state: Tensor, client_id: int | None) -> Tensor:
+    """Return what a client's shared values were broadcast as: (shared values,), maybe the state itself."""
+    layout, shared = plan.layout(shapes), plan.shared_layout(shapes, client_id)
+    if shared == layout:
+        return state
+    return copy_common(layout, state, shared, torch.empty(shared.num_values))
+
+
+@dataclass(frozen=True)
+class UpdateHeader:
+    """What a client says of its update.
 
     Args:
         client_id: 0..num_clients-1.
@@ -96,7 +160,6 @@ class ClientUpdate:
         penalty: mean proximal penalty over its steps.
         train_s: seconds it trained.
         is_finite: whether all values are finite.
-        values: (row_values,) float32: the shared layout, and behind it the change of its control variate.
     """
 
     client_id: int
@@ -106,79 +169,141 @@ class ClientUpdate:
     penalty: float
     train_s: float
     is_finite: bool
-    values: Tensor
 
-    def write_header(self, rows: UpdateRows, index: int, plan: RoundPlan) -> None:
-        """Write everything but the values into the header of a row."""
+    def write(self, rows: UpdateRows, index: int, plan: RoundPlan) -> None:
+        """Write it into the header of a row."""
         header = rows.header(index)
         header["magic"], header["round_num"] = MAGIC, plan.round_num
         header["stage"] = STAGES.index(plan.stage)
         header["ranks_digest"] = ranks_digest(plan.lora_ranks)
-        header["num_values"] = rows.sizes[index]
-        for name in (
-            "client_id",
-            "num_examples",
-            "num_steps",
-            "train_loss",
-            "penalty",
-            "train_s",
-            "is_finite",
-        ):
+        header["num_bytes"] = rows.sizes[index]
+        for name in _COPIED:
             header[name] = getattr(self, name)
 
     @staticmethod
-    def read(rows: UpdateRows, index: int, plan: RoundPlan, client_id: int) -> ClientUpdate:
-        """Read a client's row; the values are a view of it.
+    def read(record: np.void, plan: RoundPlan, client_id: int, size: int) -> UpdateHeader:
+        """Read a header.
+
+        Args:
+            record: an UPDATE_HEADER.
+            plan: of the round.
+            client_id: whose header it must be.
+            size: bytes that its values must have.
 
         Raises:
-            ProtocolError: if the row is not that client's answer to the plan.
+            ProtocolError: if it is not that client's answer to the plan.
         """
-        header = rows.header(index)
-        names = ("magic", "round_num", "client_id", "ranks_digest", "num_values")
-        expected = (MAGIC, plan.round_num, client_id, ranks_digest(plan.lora_ranks), rows.sizes[index])
-        got = tuple(int(header[name]) for name in names)
+        names = ("magic", "round_num", "client_id", "ranks_digest", "num_bytes")
+        expected = (MAGIC, plan.round_num, client_id, ranks_digest(plan.lora_ranks), size)
+        got = tuple(int(record[name]) for name in names)
         if got != expected:
             ranks = " of other ranks" if got[3] != expected[3] else ""
             raise ProtocolError(
-                f"an update must answer round {plan.round_num} for client {client_id} with {expected[4]} "
-                f"values, got round {got[1]}, client {got[2]}, {got[4]} values{ranks} (server, row {index}); "
-                "this is a defect: report it"
+                f"an update must answer round {plan.round_num} for client {client_id} with {size} bytes, got "
+                f"round {got[1]}, client {got[2]}, {got[4]} bytes{ranks} (server); this is a defect: "
+                "report it"
             )
-        return ClientUpdate(
-            client_id=int(header["client_id"]),
-            num_examples=int(header["num_examples"]),
-            num_steps=int(header["num_steps"]),
-            train_loss=float(header["train_loss"]),
-            penalty=float(header["penalty"]),
-            train_s=float(header["train_s"]),
-            is_finite=bool(header["is_finite"]),
-            values=rows.values(index),
-        )
+        kinds = {"client_id": int, "num_examples": int, "num_steps": int, "is_finite": bool}
+        return UpdateHeader(**{name: kinds.get(name, float)(record[name]) for name in _COPIED})
 
 
-def row_sizes(plan: RoundPlan, shapes: ModelShapes, num_workers: int) -> list[list[int]]:
-    """Return, by worker, the values of its clients' rows in the order in which they are sent."""
-    return [
-        [plan.row_values(shapes, client_id) for client_id in plan.clients_of(worker_id)]
-        for worker_id in range(num_workers)
-    ]
-
-
-def read_rows(
-    rows: UpdateRows, plan: RoundPlan, workers: Iterable[int], first: int = 0
-) -> list[ClientUpdate]:
-    """Read the rows of some workers, one after another.
+@dataclass(frozen=True)
+class ClientUpdate(UpdateHeader):
+    """What one client returns.
 
     Args:
-        rows: what they sent.
+        values: (row_values,) float32: the shared layout, and behind it the change of its control variate.
+    """
+
+    values: Tensor
+
+
+class UpdateRows:
+    """Uplink rows of several clients: their headers, and a buffer of their values' bytes.
+
+    Args:
+        sizes: bytes of each client's values.
+        is_pinned: whether the buffer is page-locked, for copies from a GPU.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, is_pinned: bool = False) -> None:
+        self.sizes = tuple(sizes)
+        self.headers = np.zeros((len(self.sizes), HEADER_BYTES), np.uint8)
+        self.total = torch.empty(0)
+        self._starts = [0, *itertools.accumulate(self._strides())]
+        self.buffer = torch.zeros(self._room(), dtype=torch.uint8, pin_memory=is_pinned)
+
+    def _strides(self) -> list[int]:
+        return [padded(size) for size in self.sizes]
+
+    def _room(self) -> int:
+        return self._starts[-1]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def header(self, index: int) -> np.void:
+        """Return the header of one row as a writable record, a view."""
+        record: np.void = self.headers[index].view(UPDATE_HEADER)[0]
+        return record
+
+    def wire(self, index: int) -> Tensor:
+        """Return the bytes of one client's values (sizes[index],), a view."""
+        return self.buffer[self._starts[index] : self._starts[index] + self.sizes[index]]
+
+    def close(self, index: int, counts: int) -> None:
+        """Take note that a row is written: nothing is left to do, it is sent as it is."""
+
+
+class SummedRows(UpdateRows):
+    """Headers of several clients, and the weighted sum of their float32 values: memory of two rows.
+
+    Args:
+        sizes: bytes of each client's values, all the same.
+        num_values: float32 values of each.
+        dtype: what they are added up in, `float32` or `float64`.
+        is_pinned: whether the row is page-locked, for copies from a GPU.
+    """
+
+    def __init__(self, sizes: Sequence[int], num_values: int, dtype: str, *, is_pinned: bool = False) -> None:
+        super().__init__(sizes, is_pinned=is_pinned)
+        self.total = torch.zeros(num_values, dtype=getattr(torch, dtype))
+
+    def _strides(self) -> list[int]:
+        return [0] * len(self.sizes)  # all clients use one row, in turn
+
+    def _room(self) -> int:
+        return padded(max(self.sizes, default=0))
+
+    def close(self, index: int, counts: int) -> None:
+        """Add the row to the sum, by what the client counts, unless its header says that it is not finite."""
+        if self.header(index)["is_finite"]:
+            self.total.add_(self.wire(index).view(torch.float32), alpha=counts)
+
+
+def fitting_rows(rows: UpdateRows | None, sizes: Sequence[int], *, is_pinned: bool = False) -> UpdateRows:
+    """Return the given rows if they fit, else new ones: buffers are kept from round to round."""
+    if rows is not None and rows.sizes == tuple(sizes):
+        return rows
+    return UpdateRows(sizes, is_pinned=is_pinned)
+
+
+def read_headers(
+    headers: Bytes, plan: RoundPlan, clients: Iterable[int], sizes: Iterable[int]
+) -> list[UpdateHeader]:
+    """Read headers in the order in which they came.
+
+    Args:
+        headers: (clients, HEADER_BYTES).
         plan: of the round.
-        workers: their ids.
-        first: rows to pass over.
+        clients: whose headers they must be.
+        sizes: bytes that each one's values must have.
 
     Raises:
-        ProtocolError: if a row is not the answer of the client that it should be of.
+        ProtocolError: if one is not the answer of the client that it should be of.
     """
-    clients = [client_id for worker_id in workers for client_id in plan.clients_of(worker_id)]
+    records = headers.view(UPDATE_HEADER).reshape(-1)
     return [
-        ClientUpdate.read(rows, first + index, plan, client_id) for index, client_id in enumerate(clients)
+        UpdateHeader.read(record, plan, client_id, size)
+        for record, client_id, size in zip(records, clients, sizes, strict=True)
     ]

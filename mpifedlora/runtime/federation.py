@@ -113,9 +113,10 @@ class _Saver:
 def _server(config: RunConfig, replica: Replica, transport: ServerTransport, progress: Progress) -> Server:
     sizes = [len(part) for part in replica.data.parts]
     model = replica.model
+    reduces = config.transport.collect == "reduce"
     coordinator = Coordinator(
         model.shapes,
-        build_switches(config, sizes, transport.num_workers),
+        build_switches(config, sizes, transport.num_workers, reduces=reduces, device=str(model.device)),
         model.initial_state,
         config.federation.seed,
     )
@@ -128,6 +129,9 @@ def _server(config: RunConfig, replica: Replica, transport: ServerTransport, pro
         epsilon=partial(_epsilon, config),
         warn=progress.warn,
         started=lambda plan: progress.round_started(plan.round_num, plan.stage, _mean_rank(plan)),
+        pipeline=config.transport.pipeline,
+        part_bytes=config.transport.chunk_bytes,
+        reduce_dtype=config.transport.reduce_dtype,
     )
 
 

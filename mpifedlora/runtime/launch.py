@@ -16,12 +16,13 @@ from mpifedlora.errors import MpiFedLoraError
 from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, check_output_folder
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
-from mpifedlora.runtime.method import client_keeps_state
+from mpifedlora.runtime.method import client_keeps_state, wire_format
 from mpifedlora.transport.base import Endpoint
 
 if TYPE_CHECKING:
     from mpifedlora.io.client_store import ClientStore
     from mpifedlora.runtime.setup import Replica
+    from mpifedlora.runtime.worker import Worker
     from mpifedlora.transport.mpi import Communicator
 
 T = TypeVar("T")
@@ -135,21 +136,41 @@ def _take_part(
     request: Request, resolved: ResolvedRun, replica: Replica, statuses: list[Status], endpoint: Endpoint
 ) -> int:
     from mpifedlora.runtime.federation import conduct
-    from mpifedlora.runtime.worker import Worker, serve
+    from mpifedlora.runtime.worker import serve
     from mpifedlora.transport import inprocess, mpi
 
     model = replica.model
     is_pinned = model.device.type == "cuda"
-    endpoint.open(model.shapes, resolved.config.federation.num_clients, is_pinned=is_pinned)
+    config = resolved.config
+    endpoint.open(
+        model.shapes,
+        config.federation.num_clients,
+        wire_format(config),
+        part_bytes=config.transport.chunk_bytes,
+        is_pinned=is_pinned,
+    )
     if isinstance(endpoint, mpi.MpiWorker):
-        serve(Worker(endpoint.worker_id, endpoint.num_workers, replica), endpoint)
+        serve(_worker(endpoint.worker_id, endpoint.num_workers, replica, config), endpoint)
         return 0
     if isinstance(endpoint, mpi.MpiServer):
         return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses)
-    own, _, device = _build(request, resolved.config, endpoint)
-    alone = inprocess.InProcessTransport([Worker(0, 1, own)])
+    own, _, device = _build(request, config, endpoint)
+    alone = inprocess.InProcessTransport([_worker(0, 1, own, config)])
     both = [*statuses, Status(endpoint.place.host, {}, device=device)]
     return conduct(request.out, resolved, replica, alone, endpoint.library, both)
+
+
+def _worker(worker_id: int, num_workers: int, replica: Replica, config: RunConfig) -> Worker:
+    from mpifedlora.runtime.worker import Worker
+
+    return Worker(
+        worker_id,
+        num_workers,
+        replica,
+        wire_format(config),
+        reduce_dtype=config.transport.reduce_dtype,
+        counts_examples=config.aggregation.weights == "examples",
+    )
 
 
 def _describe(error: Exception) -> str:

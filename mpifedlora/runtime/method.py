@@ -23,15 +23,20 @@ if TYPE_CHECKING:
     from mpifedlora.core.server_optimizer import ServerOptimizer
     from mpifedlora.core.server_update import GaussianNoise
     from mpifedlora.core.switches import Switches
+    from mpifedlora.core.wire import WireFormat
 
 
-def build_switches(config: RunConfig, sizes: Sequence[int], num_workers: int) -> Switches:
+def build_switches(
+    config: RunConfig, sizes: Sequence[int], num_workers: int, *, reduces: bool = False, device: str = "cpu"
+) -> Switches:
     """Turn a configuration into the switches of its method.
 
     Args:
         config: of the run.
         sizes: training examples of each client.
         num_workers: processes that train.
+        reduces: whether the workers add up their clients' updates.
+        device: where the server decomposes sums.
     """
     from mpifedlora.core.aggregation import AGGREGATORS
     from mpifedlora.core.switches import Switches
@@ -58,6 +63,19 @@ def build_switches(config: RunConfig, sizes: Sequence[int], num_workers: int) ->
         is_spectral=annealing.allocation == "spectral",
         guidance=_guidance(config),
         mu=partial(_mu, config),
+        wire=wire_format(config),
+        reduces=reduces,
+        device=device,
+    )
+
+
+def wire_format(config: RunConfig) -> WireFormat:
+    """Return what messages and updates are sent as."""
+    from mpifedlora.core.wire import WireFormat
+
+    transport = config.transport
+    return WireFormat(
+        transport.uplink_dtype, transport.downlink_dtype, transport.error_feedback, config.federation.seed
     )
 
 
@@ -89,7 +107,8 @@ def has_private_noise(config: RunConfig) -> bool:
 
 def client_keeps_state(config: RunConfig) -> bool:
     """Say whether clients keep something between rounds."""
-    return config.training.personal != "none" or config.training.control_variates
+    training = config.training
+    return training.personal != "none" or training.control_variates or config.transport.error_feedback
 
 
 def _learning_rate(config: RunConfig, round_num: int, scope: str) -> float:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mpifedlora.core.ledger import Ledger, count_uplink, fixed_traffic
+from mpifedlora.core.allocation import uniform
+from mpifedlora.core.ledger import Ledger, Traffic, count_uplink, fixed_traffic
 from mpifedlora.core.metrics import Metrics
-from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, downlink_header_bytes
-from mpifedlora.core.rounds import Coordinator, RoundReport
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.report import RoundReport
+from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_FINITE, USED
-from mpifedlora.core.wire import VALUE_BYTES
+from mpifedlora.core.wire import UpdateHeader
 from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.transport.base import ServerTransport
@@ -53,6 +56,9 @@ class Server:
         epsilon: privacy spent after so many rounds.
         warn: where a line that wants attention goes.
         started: told of each round when its plan has gone out.
+        pipeline: whether rounds are finished in parts where the method allows it.
+        part_bytes: see `core.parts.parts_of`.
+        reduce_dtype: what updates are added up in, where the method reduces.
     """
 
     def __init__(
@@ -66,6 +72,9 @@ class Server:
         epsilon: Callable[[int], float],
         warn: Callable[[str], None],
         started: Callable[[RoundPlan], None],
+        pipeline: bool = True,
+        part_bytes: int | None = None,
+        reduce_dtype: str = "float32",
     ) -> None:
         self.coordinator = coordinator
         self.transport = transport
@@ -75,9 +84,12 @@ class Server:
         self.epsilon = epsilon
         self.evaluates_on_workers = evaluates_on_workers
         num_clients = len(coordinator.next_plan.workers)
-        self.ledger = Ledger(num_clients)
+        self.ledger = Ledger(num_clients, coordinator.switches.wire.downlink)
         self.cohort_sizes: list[int] = []
-        self.sent_bytes = 0
+        self.sent = Traffic(0, 0)
+        self.pipelines, self.part_bytes = pipeline and transport.can_stream, part_bytes
+        self.reduce_dtype = getattr(torch, reduce_dtype)
+        self._announced: RoundPlan | None = None  # what a stream has told the workers
         self.warn, self.started = warn, started
         self._crossed = 0
         self._round_ended = time.perf_counter()
@@ -106,7 +118,7 @@ class Server:
 
     def _open(self, plan: RoundPlan, watch: Stopwatch, *, is_measured: bool) -> Metrics | None:
         message = self.coordinator.message
-        self.transport.broadcast(plan, message)
+        self._broadcast(plan, self.coordinator.wire)
         watch.lap("broadcast_s")
         self.started(plan)
         self.model.receive(plan, message)
@@ -115,6 +127,11 @@ class Server:
             self.coordinator.note(self._held_out(plan).accuracy)
         watch.lap("evaluate_s")
         return metrics
+
+    def _broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
+        if self._announced is None:
+            self.transport.broadcast(plan, wire)
+        self._announced = None
 
     def _held_out(self, plan: RoundPlan) -> Metrics:
         return self.held_out.metrics([self.held_out.predictions(self.model, plan)])
@@ -130,14 +147,16 @@ class Server:
         return self.evaluation.metrics([self.evaluation.predictions(self.model, plan)])
 
     def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
-        updates = self.transport.collect(plan)
-        watch.seconds["collect_s"] = watch.lap("collect_s") - self.transport.wait_s()
-        uplink_bytes = count_uplink(updates)
-        report = self.coordinator.finish(updates, self._judge if self.coordinator.needs_judge else None)
-        watch.lap("aggregate_s")
-        downlink_bytes = self.ledger.count_downlink(plan, self.coordinator.shapes)
+        headers = self.transport.collect_headers(plan)
+        watch.lap("wait_s")
+        report, aggregate_s = self._finish(plan, headers)
+        watch.seconds["aggregate_s"] = aggregate_s
+        watch.seconds["collect_s"] = watch.lap("finish_s") - aggregate_s
+        shapes = self.coordinator.shapes
+        uplink = count_uplink(plan, shapes, self.coordinator.switches.wire.uplink)
+        downlink = self.ledger.count_downlink(plan, shapes)
         self.cohort_sizes.append(len(plan.cohort))
-        self.sent_bytes += uplink_bytes + downlink_bytes
+        self.sent += uplink + downlink
         self._tell(plan, report)
         if plan.state_rounds:
             for client_id, outcome in report.outcomes.items():
@@ -146,10 +165,41 @@ class Server:
                 else:
                     self.store.remove(client_id, plan.round_num)
         train_s = np.zeros(self.transport.num_workers)
-        for update in updates:
-            train_s[plan.workers[update.client_id]] += update.train_s
+        for header in headers:
+            train_s[plan.workers[header.client_id]] += header.train_s
         seconds = {**watch.seconds, "train_s": float(train_s.max()), "round_s": self._round_s()}
-        return self._row(plan, report, (uplink_bytes, downlink_bytes), seconds)
+        return self._row(plan, report, (uplink.bytes, downlink.bytes), seconds)
+
+    def _finish(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
+        """Take in what the workers have trained; return also the seconds of aggregation."""
+        coordinator = self.coordinator
+        if headers and plan.reduces:
+            total = torch.empty(plan.shared_layout(coordinator.shapes).num_values, dtype=self.reduce_dtype)
+            self.transport.collect_sum(total)
+            return _timed(lambda: coordinator.finish_sum(headers, total))
+        if headers and self.pipelines and coordinator.streams:
+            return self._stream(plan, headers)
+        updates = coordinator.updates(headers, self.transport.collect_rows(plan) if headers else [])
+        return _timed(lambda: coordinator.finish(updates, self._judge if coordinator.needs_judge else None))
+
+    def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
+        is_due = self._is_due(plan.round_num)
+        options = {
+            "evaluates": is_due and self.evaluates_on_workers,
+            "stops": plan.round_num == self.coordinator.num_rounds and not self.evaluates_on_workers,
+        }
+        aggregate_s = 0.0
+        while True:
+            stream = self.coordinator.stream(headers, self.part_bytes, **options)
+            aggregate_s += self.transport.stream(plan, stream)
+            if not stream.refused:
+                self._announced = stream.announced
+                return self.coordinator.commit(stream), aggregate_s
+            # A row that its header calls finite and is not: the others go on without it.
+            left_out = stream.refused
+            headers = [
+                replace(each, is_finite=each.is_finite and each.client_id not in left_out) for each in headers
+            ]
 
     def _tell(self, plan: RoundPlan, report: RoundReport) -> None:
         for client_id, outcome in report.outcomes.items():
@@ -195,10 +245,10 @@ class Server:
     def _measure_last(self, row: RoundRow, watch: Stopwatch) -> RoundRow:
         plan = self.coordinator.plan(evaluates=self.evaluates_on_workers)
         if self.evaluates_on_workers:
-            self.transport.broadcast(plan, self.coordinator.message)
+            self._broadcast(plan, self.coordinator.wire)
         self.model.receive(plan, self.coordinator.message)
         metrics = self._measure(plan)
-        self.transport.broadcast(self.coordinator.stop_plan(), self.coordinator.message[:0])
+        self._broadcast(plan.stopped(), self.coordinator.wire[:0])
         crossed = row.mpi_bytes + self._newly_crossed()
         return _measured(replace(row, mpi_bytes=crossed), metrics, watch.lap("evaluate_s"))
 
@@ -206,17 +256,25 @@ class Server:
         """Compare what was sent so far with FedAvg and fixed-rank LoRA on the same rounds and cohorts."""
         shapes, sizes = self.coordinator.shapes, self.cohort_sizes
         full = fixed_traffic(shapes, shapes.full().num_values, sizes)
-        ranks = self.coordinator.highest_ranks()
+        ranks = uniform(self.coordinator.switches.schedule.rank_max, shapes.modules)
         fixed = fixed_traffic(shapes, shapes.adapter(ranks).num_values, sizes)
-        headers = (HEADER_BYTES + downlink_header_bytes(len(shapes.modules))) * sum(sizes)
         return Baselines(
-            sent_bytes=self.sent_bytes,
+            sent_bytes=self.sent.bytes,
             full_model_bytes=full.bytes,
             fixed_rank_bytes=fixed.bytes,
-            sent_values=(self.sent_bytes - headers) // VALUE_BYTES,
+            sent_values=self.sent.values,
             full_model_values=full.values,
             fixed_rank_values=fixed.values,
         )
+
+
+def _without(header: UpdateHeader, refused: set[int]) -> UpdateHeader:
+    return replace(header, is_finite=False) if header.client_id in refused else header
+
+
+def _timed(finish: Callable[[], RoundReport]) -> tuple[RoundReport, float]:
+    started = time.perf_counter()
+    return finish(), time.perf_counter() - started
 
 
 def _seconds(seconds: dict[str, float]) -> dict[str, Any]:

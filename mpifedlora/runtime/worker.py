@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.wire import ClientUpdate, UpdateRows, fitting_rows
+from mpifedlora.core.wire import (
+    SummedRows,
+    UpdateHeader,
+    UpdateRows,
+    WireFormat,
+    broadcast_values,
+    fitting_rows,
+)
 from mpifedlora.errors import TrainingError
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.training.local import train_client
@@ -21,20 +30,38 @@ class Worker:
         worker_id: 0..num_workers-1.
         num_workers: processes that train.
         replica: this process's copy of model and data.
+        wire: what messages and updates are sent as.
+        reduce_dtype: what updates are added up in, where the plan says that they are.
+        counts_examples: whether a client counts by its examples then, else all count the same.
     """
 
-    def __init__(self, worker_id: int, num_workers: int, replica: Replica) -> None:
+    def __init__(
+        self,
+        worker_id: int,
+        num_workers: int,
+        replica: Replica,
+        wire: WireFormat,
+        *,
+        reduce_dtype: str = "float32",
+        counts_examples: bool = True,
+    ) -> None:
         self.worker_id = worker_id
         self.num_workers = num_workers
         self.replica = replica
         self.model = replica.model
         self._examples_of = replica.examples_of()
+        self.wire, self.reduce_dtype, self.counts_examples = wire, reduce_dtype, counts_examples
         self._rows: UpdateRows | None = None
         self._plan: RoundPlan | None = None
 
-    def receive(self, plan: RoundPlan, message: Tensor) -> None:
-        """Take a plan and its message (message_values,) float32."""
-        self.model.receive(plan, message)
+    def prepare(self, plan: RoundPlan) -> None:
+        """Load what a round needs of the data, while its message is still on the way."""
+        for client_id in plan.clients_of(self.worker_id):
+            self._examples_of(client_id)
+
+    def receive(self, plan: RoundPlan, wire: Tensor) -> None:
+        """Take a plan and the bytes of its message."""
+        self.model.receive(plan, self.wire.decode_message(plan, self.model.shapes, wire))
         self._plan = plan
 
     @property
@@ -54,9 +81,7 @@ class Worker:
             TrainingError: naming worker, round and client, if a client's training fails.
         """
         clients = self.plan.clients_of(self.worker_id)
-        sizes = [self.plan.row_values(self.model.shapes, client_id) for client_id in clients]
-        is_pinned = self.model.device.type == "cuda"
-        rows = self._rows = fitting_rows(self._rows, sizes, is_pinned=is_pinned)
+        rows = self._rows = self._fitting_rows(clients)
         for index, client_id in enumerate(clients):
             try:
                 self._train_one(client_id, rows, index)
@@ -67,15 +92,29 @@ class Worker:
                 ) from error
         return rows
 
+    def _fitting_rows(self, clients: Sequence[int]) -> UpdateRows:
+        plan, shapes = self.plan, self.model.shapes
+        sizes = [self.wire.row_bytes(plan, shapes, client_id) for client_id in clients]
+        is_pinned = self.model.device.type == "cuda"
+        if plan.reduces:
+            num_values = plan.shared_layout(shapes).num_values
+            return SummedRows(sizes, num_values, self.reduce_dtype, is_pinned=is_pinned)
+        return fitting_rows(self._rows, sizes, is_pinned=is_pinned)
+
     def _train_one(self, client_id: int, rows: UpdateRows, index: int) -> None:
         started = time.perf_counter()
-        examples = self._examples_of(client_id)
-        values = rows.values(index)
+        examples, row = self._examples_of(client_id), rows.wire(index)
+        is_exact = self.wire.uplink == "float32"
+        num_values = self.plan.row_values(self.model.shapes, client_id)
+        values = row.view(torch.float32) if is_exact else torch.empty(num_values)
         task, settings, memory = self.replica.task, self.replica.settings, self.replica.memory
         kept = memory.recall(self.plan, client_id)
         result = train_client(self.model, task, examples, settings, self.plan, client_id, values, kept)
-        memory.keep(self.plan, client_id, result.memory)
-        ClientUpdate(
+        keeps = result.memory
+        if not is_exact:
+            keeps |= self._encode(client_id, values, row, kept)
+        memory.keep(self.plan, client_id, keeps)
+        UpdateHeader(
             client_id=client_id,
             num_examples=len(examples),
             num_steps=result.num_steps,
@@ -83,17 +122,29 @@ class Worker:
             penalty=result.penalty,
             train_s=time.perf_counter() - started,
             is_finite=result.is_finite,
-            values=values,
-        ).write_header(rows, index, self.plan)
+        ).write(rows, index, self.plan)
+        rows.close(index, len(examples) if self.counts_examples else 1)
+
+    def _encode(
+        self, client_id: int, values: Tensor, row: Tensor, kept: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        plan, shapes = self.plan, self.model.shapes
+        change = values.sub_(broadcast_values(plan, shapes, self.model.state, client_id))
+        lost = kept.get("lost")
+        if lost is not None and lost.numel() == change.numel():  # a cut begins anew
+            change.add_(lost)
+        layout = plan.shared_layout(shapes, client_id)
+        self.wire.encode_update(layout, change, row, plan.round_num, client_id)
+        return {"lost": change} if self.wire.has_feedback else {}
 
 
 def serve(worker: Worker, transport: WorkerTransport) -> None:
     """Follow the server's plans until one says stop."""
     while True:
-        plan, message = transport.receive()
+        plan, wire = transport.receive(worker.prepare)
         if plan.stops:
             return
-        worker.receive(plan, message)
+        worker.receive(plan, wire)
         if plan.evaluates:
             transport.submit_predictions(worker.predictions())
         if plan.cohort:

@@ -1,13 +1,15 @@
 """What a transport does: one server, some workers, collective steps in one fixed order.
 
 Every round is: the server broadcasts a plan and one flat buffer; if the plan says so, the workers
-submit predictions; the workers submit their clients' rows. Both ends know all sizes from the plan.
+submit predictions; the workers submit their clients' headers, and then, as the server asks, the rows
+whole, their sum, or the rows in parts while the next round's plan and buffer come in parts. Both ends
+know all sizes from the plan.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
 
     from mpifedlora.core.layout import ModelShapes
     from mpifedlora.core.plan import RoundPlan
-    from mpifedlora.core.wire import ClientUpdate, UpdateRows
+    from mpifedlora.core.streaming import RoundStream
+    from mpifedlora.core.wire import UpdateHeader, UpdateRows, WireFormat
+
+ORDER_BYTES = 8
+"""Of the record that says what comes next, before the plan in it."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,14 @@ def own_cores() -> list[int]:
 class TrainsClients(Protocol):
     """A worker as a transport drives it."""
 
-    def receive(self, plan: RoundPlan, message: Tensor) -> None:
-        """Take a plan and its message (message_values,) float32."""
+    def receive(self, plan: RoundPlan, wire: Tensor) -> None:
+        """Take a plan and the bytes of its message."""
 
     def predictions(self) -> Tensor:
         """Return (examples, 2) float32, loss and predicted label of this worker's test examples."""
 
     def train(self) -> UpdateRows:
-        """Train this worker's clients of the round, and return their rows."""
+        """Train this worker's clients of the round, and return their rows, or the sum of them."""
 
 
 class ServerTransport(Protocol):
@@ -65,18 +71,25 @@ class ServerTransport(Protocol):
 
     num_workers: int
     bytes_crossed: int
+    can_stream: bool
 
-    def broadcast(self, plan: RoundPlan, message: Tensor) -> None:
-        """Send a plan and its message (message_values,) float32 to every worker."""
+    def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
+        """Send a plan and the bytes of its message to every worker."""
 
     def collect_predictions(self, counts: Sequence[int]) -> list[Tensor]:
         """Return each worker's (counts[worker_id], 2) float32 losses and labels."""
 
-    def collect(self, plan: RoundPlan) -> list[ClientUpdate]:
-        """Return the cohort's updates; their values are valid until the next collect."""
+    def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
+        """Wait until all workers have trained; return their clients' headers, by worker and client."""
 
-    def wait_s(self) -> float:
-        """Return the seconds that the last collect waited for the slowest worker."""
+    def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
+        """Return the bytes of every row, in the order of the headers; they hold until the next collect."""
+
+    def collect_sum(self, total: Tensor) -> None:
+        """Add up what the workers have summed into `total` (row values,) float32 or float64."""
+
+    def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
+        """Take in a round part by part, while the next message goes out; return the seconds aggregated."""
 
 
 class WorkerTransport(Protocol):
@@ -85,14 +98,14 @@ class WorkerTransport(Protocol):
     worker_id: int
     num_workers: int
 
-    def receive(self) -> tuple[RoundPlan, Tensor]:
-        """Wait for the next plan and message; the message is valid until the next receive."""
+    def receive(self, prepare: Callable[[RoundPlan], None]) -> tuple[RoundPlan, Tensor]:
+        """Wait for the next plan and its message's bytes, which hold until the next receive."""
 
     def submit_predictions(self, predictions: Tensor) -> None:
         """Send (examples, 2) float32 losses and labels."""
 
     def submit(self, rows: UpdateRows) -> None:
-        """Send the rows of this worker's clients."""
+        """Send the rows of this worker's clients, or their sum."""
 
 
 class Endpoint(Protocol):
@@ -108,7 +121,15 @@ class Endpoint(Protocol):
     def exchange(self, status: Status) -> list[Status]:
         """Give this process's status, and get every process's, the server's first."""
 
-    def open(self, shapes: ModelShapes, num_clients: int, *, is_pinned: bool = False) -> None:
+    def open(
+        self,
+        shapes: ModelShapes,
+        num_clients: int,
+        wire: WireFormat,
+        *,
+        part_bytes: int | None = None,
+        is_pinned: bool = False,
+    ) -> None:
         """Say what the messages look like, and whether a GPU will copy them (page-locked memory)."""
 
     def abort(self, message: str) -> None:

@@ -6,19 +6,19 @@ It makes the same calls in the same order as the MPI transport, so a run gives t
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpifedlora.core.agreement import Status
-from mpifedlora.transport.base import NodePlace, TrainsClients, own_cores
+from mpifedlora.transport.base import ORDER_BYTES, NodePlace, TrainsClients, own_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mpifedlora.core.layout import ModelShapes
     from mpifedlora.core.plan import RoundPlan
-    from mpifedlora.core.wire import ClientUpdate
+    from mpifedlora.core.streaming import RoundStream
+    from mpifedlora.core.wire import UpdateHeader, UpdateRows, WireFormat
 
 
 class InProcessTransport:
@@ -28,18 +28,22 @@ class InProcessTransport:
         workers: at least one; worker_id is the position.
     """
 
+    can_stream = False
+
     def __init__(self, workers: Sequence[TrainsClients]) -> None:
         self.workers = workers
         self.num_workers = len(workers)
         self.bytes_crossed = 0
-        self._wait_s = 0.0
+        self._order_bytes = 0  # what an order would be over MPI
+        self._rows: list[UpdateRows] = []
 
-    def broadcast(self, plan: RoundPlan, message: Tensor) -> None:
+    def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         """Hand plan and message to every worker; the message is shared, not copied."""
-        self.bytes_crossed += self.num_workers * (plan.pack().nbytes + message.nbytes)
+        self._order_bytes = self.num_workers * (ORDER_BYTES + plan.pack().nbytes)
+        self.bytes_crossed += self._order_bytes + self.num_workers * wire.nbytes
         if not plan.stops:
             for worker in self.workers:
-                worker.receive(plan, message)
+                worker.receive(plan, wire)
 
     def collect_predictions(self, counts: Sequence[int]) -> list[Tensor]:
         """Let every worker measure its part of the examples."""
@@ -47,22 +51,33 @@ class InProcessTransport:
         self.bytes_crossed += sum(part.nbytes for part in predictions)
         return predictions
 
-    def collect(self, plan: RoundPlan) -> list[ClientUpdate]:
+    def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
         """Let every worker train its clients."""
-        from mpifedlora.core.wire import read_rows
+        from mpifedlora.core.wire import read_headers
 
-        updates = []
-        started = time.perf_counter()
-        for worker_id, worker in enumerate(self.workers):
-            rows = worker.train()
-            self.bytes_crossed += rows.buffer.nbytes
-            updates += read_rows(rows, plan, [worker_id])
-        self._wait_s = time.perf_counter() - started
-        return updates
+        headers: list[UpdateHeader] = []
+        self._rows = [worker.train() for worker in self.workers] if plan.cohort else []
+        for worker_id, rows in enumerate(self._rows):
+            self.bytes_crossed += rows.headers.nbytes
+            headers += read_headers(rows.headers, plan, plan.clients_of(worker_id), rows.sizes)
+        return headers
 
-    def wait_s(self) -> float:
-        """Return the seconds that the workers trained in the last collect."""
-        return self._wait_s
+    def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
+        """Return the workers' own rows, in the order of the headers."""
+        rows = [each.wire(index) for each in self._rows for index in range(len(each))]
+        self.bytes_crossed += self._order_bytes + sum(each.buffer.nbytes for each in self._rows)
+        return rows
+
+    def collect_sum(self, total: Tensor) -> None:
+        """Add up the workers' sums into `total`."""
+        total.zero_()
+        for rows in self._rows:
+            total.add_(rows.total)
+        self.bytes_crossed += self._order_bytes + self.num_workers * total.nbytes
+
+    def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
+        """Never called: there is no wire to hide anything behind."""
+        raise NotImplementedError
 
 
 class Alone:
@@ -88,7 +103,15 @@ class Alone:
         """Return what to call the process in a message."""
         return ["this process"]
 
-    def open(self, shapes: ModelShapes, num_clients: int, *, is_pinned: bool = False) -> None:
+    def open(
+        self,
+        shapes: ModelShapes,
+        num_clients: int,
+        wire: WireFormat,
+        *,
+        part_bytes: int | None = None,
+        is_pinned: bool = False,
+    ) -> None:
         """Do nothing: messages are handed over as they are."""
 
     def abort(self, message: str) -> None:

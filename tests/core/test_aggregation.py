@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mpifedlora.core import aggregation
 from mpifedlora.core.aggregation import (
     AGGREGATORS,
     ModuleAggregate,
     ModuleSum,
+    decompose,
     frobenius_weights,
     normalise,
     residual,
     weighted_mean,
 )
 from mpifedlora.core.layout import Factors
-from mpifedlora.core.lowrank import energy, stack_weighted
+from mpifedlora.core.lowrank import Svd, energy, stack_weighted, svd_of_matrix, svd_of_product
 from mpifedlora.errors import AggregationError
 
 LAWS = settings(max_examples=25, deadline=None)
@@ -540,6 +542,95 @@ def test_a_cut_maps_the_means_to_the_active_factors(cohort: Cohort) -> None:
 def test_a_map_without_a_cut_is_the_identity() -> None:
     cohort = Cohort([random_factors(3, (6, 5), torch.Generator().manual_seed(4))], [1.0], 3, 3)
     assert all(torch.equal(side, torch.eye(3)) for side in cohort.sum("factors").map(3))
+
+
+# All singular triplets at once.
+
+
+def robust_sum(cohort: Cohort) -> ModuleSum:
+    median = torch.stack([dense(client) for client in cohort.clients]).median(0).values
+    return ModuleSum(cohort.clients, cohort.weights, AGGREGATORS["product"], dense=median)
+
+
+def all_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize(
+    ("name", "active_rank", "is_needed"),
+    [
+        ("product", 3, True),
+        ("product", 2, True),
+        ("factors", 3, False),
+        ("factors", 2, True),
+        ("zero-pad", 3, False),
+        ("residual", 3, False),
+        ("residual", 0, True),
+        ("stack", 3, False),
+        ("stack", 0, False),
+    ],
+)
+def test_only_what_a_cut_looks_at_is_decomposed(name: str, active_rank: int, is_needed: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    part = Cohort([random_factors(3, (6, 5), generator) for _ in range(2)], [0.5, 0.5], 3, 3).sum(name)
+    decompose([part], [active_rank])
+    assert ("svd" in vars(part)) == is_needed
+    part.cut(3, active_rank)
+    if part.mean is not None:
+        part.map(active_rank)
+    assert ("svd" in vars(part)) == is_needed  # neither has missed it
+
+
+@LAWS
+@given(st.lists(cohorts(), max_size=4), st.integers(0, 4))
+def test_decomposing_together_or_in_parts_changes_no_bit(cohorts: list[Cohort], place: int) -> None:
+    names = [*AGGREGATORS, "robust"]
+
+    def sums() -> list[ModuleSum]:
+        return [robust_sum(one) if name == "robust" else one.sum(name) for one in cohorts for name in names]
+
+    ranks = [cohort.active_rank for cohort in cohorts for _ in names]
+    together, in_parts, alone = sums(), sums(), sums()
+    decompose(together, ranks)
+    decompose(in_parts[:place], ranks[:place])
+    decompose(in_parts[place:], ranks[place:])
+    for one, other, lazy, active_rank in zip(together, in_parts, alone, ranks, strict=True):
+        wanted = lazy.cut(active_rank, active_rank)
+        for part in (one, other):
+            aggregate = part.cut(active_rank, active_rank)
+            assert all_equal(aggregate.active, wanted.active)
+            assert all_equal(aggregate.frozen, wanted.frozen)
+            assert energies(aggregate) == energies(wanted)
+            assert ("svd" in vars(part)) == ("svd" in vars(lazy))
+
+
+def test_each_kind_is_decomposed_in_one_call_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(7)
+    cohort = Cohort([random_factors(2, (6, 5), generator) for _ in range(3)], [0.2, 0.3, 0.5], 2, 1)
+    calls = []
+
+    def note(find: Callable[[Any], Svd]) -> Callable[[Sequence[Any], str], list[Svd]]:
+        def find_all(parts: Sequence[Any], device: str) -> list[Svd]:
+            calls.append((len(parts), device))
+            return [find(part) for part in parts]
+
+        return find_all
+
+    monkeypatch.setattr(aggregation, "svds_of_products", note(svd_of_product))
+    monkeypatch.setattr(aggregation, "svds_of_matrices", note(svd_of_matrix))
+    product, mean, robust, done = (
+        cohort.sum("product"),
+        cohort.sum("factors"),
+        robust_sum(cohort),
+        robust_sum(cohort),
+    )
+    before = done.svd
+    decompose([product, robust, mean, done], [1, 1, 1, 1], "cuda:1")
+    assert sorted(calls) == [(1, "cuda:1"), (2, "cuda:1")]
+    assert all_equal(product.svd, svd_of_product(product.exact))
+    assert all_equal(mean.svd, svd_of_product(cohort.mean()))
+    assert all_equal(robust.svd, before)
+    assert done.svd is before
 
 
 # Weights and means.

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mpifedlora.core import lowrank
 from mpifedlora.core.layout import Factors
 from mpifedlora.core.lowrank import (
     INITIAL_ROW_NORM,
     Svd,
     _svd_dense,
     _svd_factored,
+    _svds_in_batches,
     concatenate,
     energy,
     error_energy,
@@ -24,6 +26,8 @@ from mpifedlora.core.lowrank import (
     stack_weighted,
     svd_of_matrix,
     svd_of_product,
+    svds_of_matrices,
+    svds_of_products,
 )
 
 LAWS = settings(max_examples=25, deadline=None)
@@ -62,7 +66,19 @@ def approximation(svd: Svd, kept_rank: int) -> Tensor:
 
 
 Way = Callable[[Factors], Svd]
-WAYS = pytest.mark.parametrize("way", [svd_of_product, _svd_factored, _svd_dense])
+
+
+def find_batch(a: Tensor, b: Tensor) -> Svd:
+    return svd_of_product(Factors(a, b))
+
+
+def in_company(factors: Factors) -> Svd:
+    """The way of the devices, on the CPU, with another product of the same shape before it."""
+    other = Factors(factors.a.roll(1, 0), factors.b.roll(1, 0))
+    return _svds_in_batches(find_batch, [other, factors], "cpu")[1]
+
+
+WAYS = pytest.mark.parametrize("way", [svd_of_product, _svd_factored, _svd_dense, in_company])
 
 
 def assert_best_at_each_rank(factors: Factors, way: Way, tolerance: float) -> None:
@@ -126,7 +142,7 @@ def test_the_svd_of_a_matrix_is_that_of_its_float64_copy(shape: tuple[int, int])
     assert torch.allclose(u.double(), wanted.U * signs, atol=1e-5)
 
 
-# (out, in) of MiniLM, BERT-base and a larger model: those of benchmarks/aggregation.py.
+# (out, in) of MiniLM, BERT-base and a larger model: those of benchmarks/bench_aggregation.py.
 SHAPES = [(384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (2048, 2048)]
 FEATURES = st.integers(1, 4096)
 
@@ -156,6 +172,105 @@ def test_once_dense_is_cheaper_it_stays_so(out_features: int, in_features: int, 
 def test_the_choice_is_the_same_for_the_transpose(out_features: int, in_features: int, inner: int) -> None:
     one, other = (out_features, in_features), (in_features, out_features)
     assert factored_is_cheaper(*one, inner) == factored_is_cheaper(*other, inner)
+
+
+# Many products at once.
+
+# A batched matrix product rounds unlike a single one at the last two, with the MKL of an x86 machine.
+ALIKE = st.sampled_from([(2, 6, 5), (9, 6, 5), (2, 5, 6), (28, 81, 1), (6, 5, 11)])
+MANY = st.lists(st.tuples(ALIKE, st.integers(0, 10**6)), max_size=6)
+
+
+def all_equal(one: Svd, other: Svd) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+@LAWS
+@given(MANY, st.integers(0, 6), DTYPES)
+def test_on_the_cpu_the_bits_do_not_depend_on_the_company(
+    many: list[tuple[tuple[int, int, int], int]], place: int, dtype: torch.dtype
+) -> None:
+    products = [Case(*sizes, seed).factors(dtype) for sizes, seed in many]
+    together = svds_of_products(products)
+    in_parts = svds_of_products(products[:place]) + svds_of_products(products[place:])
+    alone = [svd_of_product(product) for product in products]
+    assert len(together) == len(in_parts) == len(products)
+    assert all(map(all_equal, together, alone))
+    assert all(map(all_equal, in_parts, alone))
+
+
+@pytest.mark.parametrize("batch_values", [1, 60, 2**28])
+def test_batches_give_each_product_its_own_svd_in_the_order_given(
+    batch_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowrank, "BATCH_VALUES", batch_values)
+    sizes = [(2, 6, 5), (2, 5, 6), (9, 6, 5), (2, 6, 5), (2, 5, 6), (2, 6, 5)]
+    products = [Case(*size, seed).factors() for seed, size in enumerate(sizes)]
+    for svd, product in zip(_svds_in_batches(find_batch, products, "cpu"), products, strict=True):
+        assert torch.allclose((svd.u * svd.s) @ svd.vt, dense(product), atol=1e-12)
+        assert torch.allclose(svd.s, svd_of_product(product).s, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch_values", "wanted"), [(1, [1, 1, 1, 1, 1]), (43, [1, 1, 1, 2]), (44, [2, 1, 2]), (66, [3, 2])]
+)
+def test_equal_shapes_go_together_as_far_as_they_fit(
+    batch_values: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowrank, "BATCH_VALUES", batch_values)
+    lengths = []
+
+    def find(a: Tensor, b: Tensor) -> Svd:
+        lengths.append(len(a))
+        return svd_of_product(Factors(a, b))
+
+    # 2 * (6 + 5) = 22 values each, then two without any: a product larger than a batch still gets one.
+    products = [Case(2, 6, 5, seed).factors() for seed in range(3)]
+    products[1:1] = [Factors(torch.ones(1, 1)[:0], torch.ones(1, 1)[:, :0])] * 2
+    _svds_in_batches(find, products, "cpu")
+    assert lengths == wanted
+
+
+def test_products_of_one_shape_but_two_dtypes_keep_theirs() -> None:
+    products = [Case(2, 6, 5, 0).factors(dtype) for dtype in (torch.float32, torch.float64, torch.float32)]
+    for svds in (svds_of_products(products), _svds_in_batches(find_batch, products, "cpu")):
+        assert [svd.u.dtype for svd in svds] == [product.a.dtype for product in products]
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 6)])
+def test_the_svds_of_many_matrices_are_those_of_each(shape: tuple[int, int]) -> None:
+    stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(5))
+    wanted = [svd_of_matrix(matrix) for matrix in stack]
+    assert all(map(all_equal, svds_of_matrices(list(stack)), wanted))
+    for got, one in zip(
+        _svds_in_batches(svd_of_matrix, [(matrix,) for matrix in stack], "cpu"), wanted, strict=True
+    ):
+        assert all(torch.allclose(part, other, atol=1e-6) for part, other in zip(got, one, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_batches_are_for_devices_other_than_the_cpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def note(find: object, items: list[object], device: str) -> list[Svd]:
+        devices.append(device)
+        return []
+
+    monkeypatch.setattr(lowrank, "_svds_in_batches", note)
+    product = Case(2, 6, 5, 0).factors()
+    svds_of_products([product], device)
+    svds_of_matrices([product.a], device)
+    assert devices == ([] if device == "cpu" else [device, device])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sizes", [(64, 200, 100), (300, 200, 100), (64, 100, 200)])
+def test_a_gpu_cuts_as_well_as_the_cpu(sizes: tuple[int, int, int]) -> None:
+    products = [Case(*sizes, seed).factors(torch.float32) for seed in range(3)]
+    for svd, product in zip(svds_of_products(products, "cuda"), products, strict=True):
+        assert {part.device.type for part in svd} == {"cpu"}
+        best = float(torch.linalg.svdvals(dense(product))[16:].square().sum().sqrt())
+        assert norm(dense(product) - approximation(svd, 16)) == pytest.approx(best, rel=1e-5)
 
 
 @WAYS

@@ -1,0 +1,64 @@
+"""From a method's switches to the plan of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpifedlora.core.layout import ModelShapes, Parts
+from mpifedlora.core.plan import ABSENT, RoundPlan
+from mpifedlora.core.switches import Switches
+
+
+def plan_round(
+    switches: Switches,
+    round_num: int,
+    lora_ranks: tuple[int, ...],
+    frozen_ranks: tuple[int, ...],
+    state_rounds: Sequence[int],
+) -> RoundPlan:
+    """Return the plan of a round, as far as it says nothing of its message.
+
+    Args:
+        switches: of the method.
+        round_num: 1..num_rounds; num_rounds + 1 trains nobody, and carries the final model.
+        lora_ranks: rank of each module.
+        frozen_ranks: of what is added to the base weights before the round.
+        state_rounds: by client id, the round whose client state holds.
+    """
+    schedule = switches.schedule
+    planned = min(round_num, schedule.num_rounds)
+    scope = switches.round_scope(planned)
+    workers = tuple(switches.choose_workers(planned))
+    return RoundPlan(
+        round_num=round_num,
+        stage=schedule.stage(planned),
+        scope=scope,
+        lora_ranks=lora_ranks,
+        frozen_ranks=frozen_ranks,
+        workers=(ABSENT,) * len(workers) if round_num > planned else workers,
+        client_ranks=switches.client_ranks,
+        state_rounds=tuple(state_rounds),
+        keeps_b=switches.keeps_b,
+        keeps_head=switches.keeps_head,
+        has_variates=switches.has_variates,
+        reduces=switches.reduces,
+        learning_rate=switches.learning_rate(planned, scope),
+        mu=switches.mu(planned),
+        temperature=schedule.temperature(planned),
+    )
+
+
+def parts_to_send(
+    switches: Switches, present: RoundPlan, shapes: ModelShapes, ranks: tuple[int, ...]
+) -> Parts:
+    """Return which factors the message after a round holds: those that changed, or none where all restart.
+
+    Args:
+        switches: of the method.
+        present: plan of the round.
+        shapes: of the model.
+        ranks: of the next round.
+    """
+    if switches.aggregator.active == "restart":
+        return ""
+    return present.shared_layout(shapes).parts if ranks == present.lora_ranks else "ab"

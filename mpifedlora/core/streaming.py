@@ -1,0 +1,213 @@
+"""A round that is finished part by part, while the rest of it is on the wire.
+
+Each part is a small model of its own: some modules, or tensors exchanged whole, with their slices of the
+state, of the rows and of the next message. So the same algebra as for whole updates runs on it, on the
+same values in the same order: the bits do not depend on the parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mpifedlora.core.aggregation import ModuleAggregate, decompose, normalise, weighted_mean
+from mpifedlora.core.combining import Combination
+from mpifedlora.core.layout import AdapterLayout, ModelShapes, copy_common
+from mpifedlora.core.opening import FROZEN, STATE, Lost, Opening, Rounding, write_leading, write_state
+from mpifedlora.core.parts import Part
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.screening import NOT_CHOSEN, NOT_FINITE, USED, Contribution
+from mpifedlora.core.switches import Switches
+from mpifedlora.core.wire import UpdateHeader
+
+
+class Admitted(NamedTuple):
+    """Who takes part by the headers alone.
+
+    Args:
+        used: headers in client order.
+        outcomes: by client id of the cohort.
+        weights: one a used header, summing to 1.
+    """
+
+    used: list[UpdateHeader]
+    outcomes: dict[int, str]
+    weights: list[float]
+
+
+def admit(switches: Switches, headers: Sequence[UpdateHeader]) -> Admitted:
+    """Admit the updates that say that they are finite, if there are enough of them.
+
+    Args:
+        switches: of a method that compares no updates.
+        headers: of the cohort, any order.
+    """
+    finite = sorted((header for header in headers if header.is_finite), key=lambda header: header.client_id)
+    used = finite if len(finite) >= switches.screening.least else []
+    outcomes = dict.fromkeys((header.client_id for header in headers), NOT_FINITE)
+    outcomes.update({header.client_id: USED if used else NOT_CHOSEN for header in finite})
+    weights = normalise([switches.counts(header) for header in used]) if used else []
+    return Admitted(used, outcomes, weights)
+
+
+class RoundStream:
+    """Takes a round's rows in by parts, and fills in the next message.
+
+    Nothing outside of it is changed: a stream that has refused an update is thrown away.
+
+    Args:
+        combination: of the round.
+        admitted: who takes part.
+        parts: of the round.
+        budget: of the next round.
+        opening: of the next round, its buffers empty.
+        announced: plan that the workers are told; one that stops goes without a message.
+        lost: by the rounding of the last message.
+    """
+
+    def __init__(
+        self,
+        combination: Combination,
+        admitted: Admitted,
+        parts: Sequence[Part],
+        budget: int,
+        opening: Opening,
+        announced: RoundPlan,
+        lost: Lost | None,
+    ) -> None:
+        switches, shapes = combination.switches, combination.shapes
+        self.combination, self.admitted, self.parts = combination, admitted, parts
+        self.budget, self.opening, self.announced = budget, opening, announced
+        self.aggregates: list[ModuleAggregate] = []
+        self.refused: set[int] = set()
+        is_rounded = switches.wire.downlink != "float32"
+        self._rounding = Rounding(shapes, opening, switches.wire, lost) if is_rounded else None
+        segments = opening.plan.segments(shapes)
+        self._before = _Pieces(combination.plan.layout(shapes))
+        self._after, self._sent = _Pieces(opening.plan.layout(shapes)), _Pieces(segments.state)
+        self._flats = opening.plan.split(shapes, opening.message)
+        self._frozen_factors = segments.frozen.factors(self._flats.frozen)
+
+    @property
+    def lost(self) -> Lost | None:
+        """What the rounding of the next message has lost."""
+        return self._rounding.lost if self._rounding else None
+
+    @property
+    def wire(self) -> Tensor:
+        """Bytes of the next message."""
+        return self.opening.wire
+
+    def take(self, part: Part, rows: dict[int, Tensor], breathe: Callable[[], None]) -> None:
+        """Aggregate one part, and write it into the next message.
+
+        Args:
+            part: one of `parts`, in their order.
+            rows: by client id, the bytes of the part's uplink span.
+            breathe: called between modules, so that the wire goes on.
+        """
+        piece = self._piece(part)
+        received = [
+            self._contribution(piece, part, header, rows[header.client_id]) for header in self.admitted.used
+        ]
+        own, span = self._after.of(part)
+        state = self.opening.state[span]
+        if piece.plan.scope == "full":
+            updates = [one.values for one in received]
+            values = piece.flat_update.advance(piece.state, updates, self.admitted.weights, state)
+            is_mean = piece.switches.combiner is weighted_mean
+            self._check(received, values if is_mean else None)
+        else:
+            self._check(received, None)
+            values = (
+                self.opening.state[:0] if self.refused else piece.next_values(received, self.admitted.weights)
+            )
+        if self.refused:
+            return
+        aggregates = self._cut(piece, part, values, received, breathe)
+        if aggregates:
+            whole = piece.plan.layout(piece.shapes).whole_values(values)
+            write_state(own, state, [one.active for one in aggregates], whole)
+        elif values is not state:
+            state.copy_(values)
+        self.aggregates += aggregates
+        self._send(part, own, state, aggregates)
+
+    def _check(self, received: Sequence[Contribution], mean: Tensor | None) -> None:
+        """Find updates that are not finite, whatever their headers say; a finite mean says that none is."""
+        if mean is None or not mean.sum().isfinite():
+            self.refused |= {one.update.client_id for one in received if not one.values.sum().isfinite()}
+
+    def _piece(self, part: Part) -> Combination:
+        whole = self.combination
+        own, span = self._before.of(part)
+        is_full = whole.plan.scope == "full"
+        shapes = ModelShapes((), (), own.whole) if is_full else ModelShapes(own.modules, own.whole, ())
+        plan = replace(
+            whole.plan,
+            lora_ranks=whole.plan.lora_ranks[part.first : part.last],
+            frozen_ranks=whole.plan.frozen_ranks[part.first : part.last],
+            mapped_ranks=(),
+        )
+        return replace(whole, shapes=shapes, plan=plan, state=whole.state[span])
+
+    def _contribution(
+        self, piece: Combination, part: Part, header: UpdateHeader, row: Tensor
+    ) -> Contribution:
+        begins = part.begins - part.uplink.start
+        size = piece.switches.wire.row_bytes(piece.plan, piece.shapes)
+        return piece.contribution(piece.update(header, row[begins : begins + size]))
+
+    def _cut(
+        self,
+        piece: Combination,
+        part: Part,
+        values: Tensor,
+        received: Sequence[Contribution],
+        breathe: Callable[[], None],
+    ) -> list[ModuleAggregate]:
+        if piece.plan.scope == "full" or piece.plan.keeps_b:
+            return []
+        active = self.opening.plan.lora_ranks[part.first : part.last]
+        kept = piece.plan.lora_ranks if piece.switches.freezes else active
+        sums = piece.sums(values, received, self.admitted.weights)
+        if piece.switches.device != "cpu":
+            decompose(sums, active, piece.switches.device)
+        aggregates = []
+        for one, most, least in zip(sums, kept, active, strict=True):
+            aggregates.append(one.cut(most, least))
+            breathe()
+        return aggregates
+
+    def _send(
+        self, part: Part, own: AdapterLayout, state: Tensor, aggregates: Sequence[ModuleAggregate]
+    ) -> None:
+        sent, span = self._sent.of(part)
+        is_apart = self._sent.layout != self._after.layout  # then the state does not lie in the message
+        if is_apart:
+            copy_common(own, state, sent, self._flats.state[span])
+        targets = self._frozen_factors[part.first : part.last]
+        write_leading([one.frozen for one in aggregates], targets[: len(aggregates)])
+        if self._rounding:
+            for segment in (FROZEN, STATE):
+                self._rounding.round_pieces(segment, part.first, part.last)
+            if is_apart:
+                copy_common(sent, self._flats.state[span], own, state)
+
+
+class _Pieces:
+    """A layout whose ranges are asked for often."""
+
+    def __init__(self, layout: AdapterLayout) -> None:
+        self.layout = layout
+        self._offsets = [0, *itertools.accumulate(layout.piece_values)]
+
+    def of(self, part: Part) -> tuple[AdapterLayout, slice]:
+        """Return the layout of a part, and where its values lie."""
+        return self.layout.select(part.first, part.last), slice(
+            self._offsets[part.first], self._offsets[part.last]
+        )

@@ -1,0 +1,176 @@
+"""The server's end of the MPI transport."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpifedlora.transport.base import ORDER_BYTES, NodePlace
+from mpifedlora.transport.mpi.endpoint import MAX_IN_FLIGHT, Endpoint, Order, as_bytes, pieces_of, wait
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch import Tensor
+
+    from mpifedlora.core.parts import Part
+    from mpifedlora.core.plan import RoundPlan
+    from mpifedlora.core.streaming import RoundStream
+    from mpifedlora.core.wire import UpdateHeader
+
+
+class MpiServer(Endpoint):
+    """The server's end, MPI rank 0."""
+
+    is_server = True
+    can_stream = True
+
+    def __init__(self, comm: MPI.Comm, place: NodePlace) -> None:
+        super().__init__(comm, place)
+        self.bytes_crossed = 0
+        self._ahead_bytes = 0  # of the next message, which a stream has sent already
+        self._buffer: Tensor | None = None
+
+    def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
+        """Send a plan and its message, whole units of bytes, to every worker."""
+        self._order(Order.MESSAGE, plan)
+        if plan.message_values(self.shapes):
+            self.bytes_crossed += self.num_workers * wire.nbytes
+            self.comm.Bcast(self._units(as_bytes(wire)))
+
+    def _order(self, order: Order, plan: RoundPlan | None = None) -> None:
+        record = np.zeros(self.order_bytes, np.uint8)
+        record[0] = order
+        if plan is not None:
+            record[ORDER_BYTES:] = plan.pack()
+        self.bytes_crossed += self.num_workers * record.nbytes
+        wait(self.comm.Ibcast([record, self._mpi.BYTE]))
+
+    def collect_predictions(self, counts: Sequence[int]) -> list[Tensor]:
+        """Gather each worker's (counts[worker_id], 2) float32 losses and labels."""
+        import torch
+
+        received = torch.empty(sum(counts), 2)
+        self.bytes_crossed += received.nbytes
+        wait(self.comm.Ibarrier())
+        sizes = [0, *(8 * count for count in counts)]
+        self.comm.Gatherv(self._mpi.IN_PLACE, [as_bytes(received), sizes, None, self._mpi.BYTE])
+        return list(torch.split(received, list(counts)))
+
+    def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
+        """Wait until all workers have trained; return their clients' headers, by worker and client."""
+        from mpifedlora.core.plan import HEADER_BYTES
+        from mpifedlora.core.wire import read_headers
+
+        self.bytes_crossed += self._ahead_bytes
+        self._ahead_bytes = 0
+        if not plan.cohort:
+            return []
+        counts = [len(plan.clients_of(worker_id)) for worker_id in range(self.num_workers)]
+        headers = np.zeros((sum(counts), HEADER_BYTES), np.uint8)
+        self.bytes_crossed += headers.nbytes
+        sizes = [0, *(HEADER_BYTES * count for count in counts)]
+        wait(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE]))
+        return read_headers(headers, plan, self._clients(plan), self._row_bytes(plan))
+
+    def _row_bytes(self, plan: RoundPlan) -> list[int]:
+        return [self.wire.row_bytes(plan, self.shapes, client_id) for client_id in self._clients(plan)]
+
+    def _clients(self, plan: RoundPlan) -> list[int]:
+        by_worker = (plan.clients_of(worker_id) for worker_id in range(self.num_workers))
+        return [client_id for clients in by_worker for client_id in clients]
+
+    def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
+        """Gather the bytes of every row, in the order of the headers; they hold until the next collect."""
+        import torch
+
+        from mpifedlora.core.wire import padded
+
+        clients, sizes = self._clients(plan), self._row_bytes(plan)
+        strides = [padded(size) for size in sizes]
+        counts = [0] * self.world_size
+        for client_id, stride in zip(clients, strides, strict=True):
+            counts[plan.workers[client_id] + 1] += stride
+        self._order(Order.ROWS)
+        self.bytes_crossed += sum(counts)
+        buffer = self._fitting(sum(counts))
+        self.comm.Gatherv(*self._target(counts, buffer))
+        rows = torch.split(buffer, strides)
+        return [row[:size] for row, size in zip(rows, sizes, strict=True)]
+
+    def _fitting(self, size: int) -> Tensor:
+        import torch
+
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._buffer[:size]
+
+    def _target(self, counts: Sequence[int], buffer: Tensor) -> tuple[Any, list[Any]]:
+        from mpifedlora.core.wire import UNIT_BYTES
+
+        units = [count // UNIT_BYTES for count in counts]
+        return self._mpi.IN_PLACE, [as_bytes(buffer), units, None, self._unit]
+
+    def collect_sum(self, total: Tensor) -> None:
+        """Add up what the workers have summed into `total` (row values,) float32 or float64."""
+        self._order(Order.SUM)
+        self.bytes_crossed += self.num_workers * total.nbytes
+        for piece in pieces_of(total.zero_().numpy()):
+            self.comm.Reduce(self._mpi.IN_PLACE, piece)
+
+    def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
+        """Take in a round part by part, while what is aggregated goes out; return the seconds aggregated.
+
+        The workers keep what they have received only if no update was refused.
+        """
+        before = self.bytes_crossed
+        self._order(Order.STREAM, stream.announced)
+        parts, clients = stream.parts, self._clients(plan)
+        buffers = self._part_buffers(parts, len(clients))
+        pairs = zip(parts, buffers, strict=False)
+        gathers = deque(self._gather_part(plan, part, buffer) for part, buffer in pairs)
+        broadcasts: list[MPI.Request] = []
+        aggregate_s = 0.0
+        for index, part in enumerate(parts):
+            gathers.popleft().Wait()
+            buffer = buffers[index % len(buffers)]
+            started = time.perf_counter()
+            rows = buffer[: len(clients) * part.uplink.size].view(len(clients), part.uplink.size)
+            stream.take(part, dict(zip(clients, rows, strict=True)), partial(_poke, gathers))
+            aggregate_s += time.perf_counter() - started
+            broadcasts += self._broadcast_part(part, as_bytes(stream.opening.wire))
+            if index + len(buffers) < len(parts):
+                gathers.append(self._gather_part(plan, parts[index + len(buffers)], buffer))
+        self._mpi.Request.Waitall(broadcasts)
+        self._end_stream(stream, len(clients), before)
+        return aggregate_s
+
+    def _end_stream(self, stream: RoundStream, num_clients: int, before: int) -> None:
+        sent = self.num_workers * sum(span.size for part in stream.parts for span in part.downlink)
+        ahead = self.bytes_crossed - before + sent  # the order is the next round's too
+        self.bytes_crossed = before + num_clients * sum(part.uplink.size for part in stream.parts)
+        if stream.refused:
+            self.bytes_crossed += ahead
+        else:
+            self._ahead_bytes += ahead
+            self._order(Order.COMMIT)
+
+    def _part_buffers(self, parts: Sequence[Part], num_clients: int) -> list[Tensor]:
+        depth = min(MAX_IN_FLIGHT, len(parts))
+        size = num_clients * max(part.uplink.size for part in parts)
+        whole = self._fitting(depth * size)
+        return [whole[index * size : (index + 1) * size] for index in range(depth)]
+
+    def _gather_part(self, plan: RoundPlan, part: Part, buffer: Tensor) -> MPI.Request:
+        counts = [0, *(len(plan.clients_of(worker)) * part.uplink.size for worker in range(self.num_workers))]
+        return self.comm.Igatherv(*self._target(counts, buffer))
+
+
+def _poke(requests: Sequence[MPI.Request]) -> None:
+    # Testing one request lets all of them go on.
+    if requests:
+        requests[0].Test()

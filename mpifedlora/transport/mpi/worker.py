@@ -1,0 +1,122 @@
+"""A worker's end of the MPI transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpifedlora.transport.base import ORDER_BYTES, NodePlace
+from mpifedlora.transport.mpi.endpoint import (
+    MAX_IN_FLIGHT,
+    Endpoint,
+    Order,
+    as_bytes,
+    pieces_of,
+    wait,
+    wait_busily,
+)
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch import Tensor
+
+    from mpifedlora.core.parts import Part
+    from mpifedlora.core.plan import RoundPlan
+    from mpifedlora.core.wire import UpdateRows
+
+
+class MpiWorker(Endpoint):
+    """A worker's end, MPI rank worker_id + 1."""
+
+    is_server = False
+
+    def __init__(self, comm: MPI.Comm, place: NodePlace) -> None:
+        super().__init__(comm, place)
+        self.worker_id = comm.rank - 1
+        self._message: Tensor | None = None
+        self._spare: Tensor | None = None
+        self._plan: RoundPlan | None = None
+        self._ahead: tuple[RoundPlan, Tensor] | None = None  # what a stream has brought
+
+    def receive(self, prepare: Callable[[RoundPlan], None]) -> tuple[RoundPlan, Tensor]:
+        """Wait for the next plan and its message's bytes, which hold until the next receive.
+
+        Args:
+            prepare: called with the plan while the message is still on the way, where it is.
+        """
+        if self._ahead is None:
+            _, plan = self._order(Order.MESSAGE)
+            assert plan is not None
+            buffer = self._message_buffer(plan)
+            if plan.message_values(self.shapes):
+                self.comm.Bcast(self._units(as_bytes(buffer)))
+            self._ahead = plan, buffer
+        received, self._ahead = self._ahead, None
+        self._spare, (self._plan, self._message) = self._message, received
+        prepare(received[0])
+        return received
+
+    def _order(self, *expected: Order) -> tuple[Order, RoundPlan | None]:
+        from mpifedlora.core.plan import RoundPlan
+
+        record = np.empty(self.order_bytes, np.uint8)
+        wait(self.comm.Ibcast([record, self._mpi.BYTE]))
+        order = Order(int(record[0]))
+        assert order in expected, f"got the order {order.name}"
+        has_plan = order in (Order.MESSAGE, Order.STREAM)
+        return order, RoundPlan.unpack(record[ORDER_BYTES:], len(self.shapes.modules)) if has_plan else None
+
+    def _message_buffer(self, plan: RoundPlan) -> Tensor:
+        """Return the buffer that does not hold the message in hand, which counts until the next is whole."""
+        from mpifedlora.core.wire import padded
+
+        size = padded(self.wire.message_bytes(plan, self.shapes))
+        if self._spare is None or self._spare.numel() != size:
+            self._spare = self.wire.message_buffer(plan, self.shapes, is_pinned=self.is_pinned)
+        return self._spare
+
+    def submit_predictions(self, predictions: Tensor) -> None:
+        """Send (examples, 2) float32 losses and labels."""
+        wait(self.comm.Ibarrier())
+        self.comm.Gatherv([as_bytes(predictions), self._mpi.BYTE], None)
+
+    def submit(self, rows: UpdateRows) -> None:
+        """Send the rows of this worker's clients, in rising order of client_id, as the server wants them."""
+        headers = self.comm.Igatherv([rows.headers.reshape(-1), self._mpi.BYTE], None)
+        order, following = self._order(Order.ROWS, Order.SUM, Order.STREAM)
+        headers.Wait()
+        while order is Order.STREAM and following is not None:
+            received = self._stream(rows, following)
+            order, following = self._order(Order.COMMIT, Order.STREAM)
+            if order is Order.COMMIT:
+                self._ahead = received
+        if order is Order.ROWS:
+            self.comm.Gatherv(self._units(as_bytes(rows.buffer)), None)
+        if order is Order.SUM:
+            for piece in pieces_of(rows.total.numpy()):
+                self.comm.Reduce(piece, None)
+
+    def _stream(self, rows: UpdateRows, following: RoundPlan) -> tuple[RoundPlan, Tensor]:
+        assert self._plan is not None
+        buffer, parts = self._message_buffer(following), self._parts(self._plan, following)
+        # The same calls in the same order as on the server; both ends' buffers are whole all the time.
+        requests = [self._gather_part(rows, part) for part in parts[:MAX_IN_FLIGHT]]
+        for index, part in enumerate(parts):
+            requests += self._broadcast_part(part, as_bytes(buffer))
+            requests += [self._gather_part(rows, later) for later in parts[index + MAX_IN_FLIGHT :][:1]]
+        wait_busily(requests)
+        return following, buffer
+
+    def _gather_part(self, rows: UpdateRows, part: Part) -> MPI.Request:
+        from mpifedlora.core.wire import UNIT_BYTES, padded
+
+        if len(rows) <= 1:
+            span = as_bytes(rows.buffer)[part.uplink.start : part.uplink.stop]
+            return self.comm.Igatherv(self._units(span), None)
+        stride = padded(rows.sizes[0]) // UNIT_BYTES
+        strided = self._unit.Create_vector(len(rows), part.uplink.size // UNIT_BYTES, stride).Commit()
+        request = self.comm.Igatherv([as_bytes(rows.buffer)[part.uplink.start :], 1, strided], None)
+        strided.Free()  # MPI keeps it until the request is done
+        return request
