@@ -186,8 +186,9 @@ def _encode_int8(layout: AdapterLayout, values: Tensor, wire: Tensor, uniform: T
     # Divided by inf, what is too small for a scale becomes 0, as it must.
     divisors = scales.where(scales != 0, torch.inf)
     work.copy_(values)
-    for matrix, divisor in _pairs(matrices, divisors):
-        np.divide(matrix, divisor, out=matrix)
+    with np.errstate(invalid="ignore"):
+        for matrix, divisor in _pairs(matrices, divisors):
+            np.divide(matrix, divisor, out=matrix)
     work.add_(uniform).floor_().clamp_(-_LARGEST_INT8, _LARGEST_INT8)
     if scales.isnan().any():
         work.nan_to_num_()  # what NaN is as an integer differs between machines

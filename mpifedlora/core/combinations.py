@@ -6,11 +6,10 @@ reported, so `RULES` has the most telling ones first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 from mpifedlora.core.method_config import RunTables
+from mpifedlora.core.refusals import bars, needs, refuse, switch, value_of
 
 _UNLASTING = {
     "product": "every SVD gives a new basis, so {} of the last round mean nothing",
@@ -22,54 +21,18 @@ _UNSTACKED = ("product", "factors", "zero-pad", "residual")
 _AFRESH = "under stack nothing is carried over a cut"
 
 
-def _value(config: RunTables, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
-
-
-def _switch(config: RunTables, key: str) -> str:
-    return f"{key} = {json.dumps(_value(config, key))}"
-
-
-def _refuse(what: str, got: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{what}, got {got}; {remedy}")
-
-
-def _needs(config: RunTables, subject: str, key: str, *allowed: str | float | bool, why: str) -> None:
-    """Refuse a switch unless another has one of the values with which it makes sense."""
-    if _value(config, key) in allowed:
-        return
-    names = [json.dumps(value) for value in allowed]
-    wanted = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    _refuse(
-        f"{subject} needs {key} = {wanted} ({why})",
-        json.dumps(_value(config, key)),
-        f"set {key} = {names[0]}, or leave {subject.partition(' ')[0]} out",
-    )
-
-
-def _bars(config: RunTables, subject: str, key: str, why: str) -> None:
-    """Refuse a switch beside a key that has a value."""
-    if _value(config, key) is not None:
-        _refuse(
-            f"{subject} must stand without {key} ({why})",
-            _switch(config, key),
-            f"leave {key} or {subject.partition(' ')[0]} out",
-        )
-
-
 def _needs_one_scope(config: RunTables, subject: str, why: str) -> None:
     if config.initiating.rounds and config.initiating.scope != config.training.scope:
-        _refuse(
+        refuse(
             f"{subject} needs the same scope in all rounds ({why})",
-            f"{_switch(config, 'initiating.scope')} and {_switch(config, 'training.scope')}",
+            f"{switch(config, 'initiating.scope')} and {switch(config, 'training.scope')}",
             f"set initiating.rounds = 0, or leave {subject.partition(' ')[0]} out",
         )
 
 
 def _stages_fit(config: RunTables) -> None:
     if config.initiating.rounds > config.federation.num_rounds:
-        _refuse(
+        refuse(
             "initiating.rounds must be at most federation.num_rounds",
             f"{config.initiating.rounds} and {config.federation.num_rounds}",
             "lower initiating.rounds",
@@ -79,7 +42,7 @@ def _stages_fit(config: RunTables) -> None:
 def _full_follows_no_adapter(config: RunTables) -> None:
     initiating = config.initiating
     if initiating.rounds and initiating.scope == "adapter" and config.training.scope == "full":
-        _refuse(
+        refuse(
             "the whole model cannot be trained after an adapter",
             'initiating.scope = "adapter" and training.scope = "full"',
             'set initiating.scope = "full", or initiating.rounds = 0',
@@ -90,7 +53,7 @@ def _cooling_fits(config: RunTables) -> None:
     num_annealing = config.federation.num_rounds - config.initiating.rounds
     planned = config.annealing.heating_rounds + (config.annealing.cooling_rounds or 1)
     if config.annealing.schedule != "constant" and 0 < num_annealing < planned:
-        _refuse(
+        refuse(
             "annealing.heating_rounds and at least one round of cooling (annealing.cooling_rounds) must fit "
             f"into the {num_annealing} rounds after the initiating stage",
             f"{planned} together",
@@ -104,8 +67,8 @@ def _validation_is_there(config: RunTables) -> None:
         ("annealing.schedule", "metropolis"),
         ("annealing.schedule", "target"),
     ):
-        if _value(config, key) == value and config.data.validation_fraction == 0:
-            _refuse(
+        if value_of(config, key) == value and config.data.validation_fraction == 0:
+            refuse(
                 f'{key} = "{value}" needs a validation part',
                 "data.validation_fraction = 0",
                 "set data.validation_fraction, for example to 0.1",
@@ -115,34 +78,34 @@ def _validation_is_there(config: RunTables) -> None:
 def _kept_b_stays_with_its_client(config: RunTables) -> None:
     if config.training.personal == "none":
         return
-    subject, unseen = _switch(config, "training.personal"), "the server never sees B"
-    _needs(config, subject, "training.scope", "adapter", why="A and B are both trained")
-    _needs(config, subject, "initiating.rounds", 0, why="B is kept from the first round on")
-    _needs(config, subject, "aggregation.weights", "examples", "equal", why=unseen)
-    _needs(config, subject, "aggregation.robust", "none", why=unseen)
-    _bars(config, subject, "aggregation.norm_bound", unseen)
+    subject, unseen = switch(config, "training.personal"), "the server never sees B"
+    needs(config, subject, "training.scope", "adapter", why="A and B are both trained")
+    needs(config, subject, "initiating.rounds", 0, why="B is kept from the first round on")
+    needs(config, subject, "aggregation.weights", "examples", "equal", why=unseen)
+    needs(config, subject, "aggregation.robust", "none", why=unseen)
+    bars(config, subject, "aggregation.norm_bound", unseen)
 
 
 def _fixed_factor_is_not_cut(config: RunTables) -> None:
     is_kept = config.training.personal != "none"
     if not is_kept and config.training.scope not in ("b-only", "alternating"):
         return
-    subject = _switch(config, "training.personal" if is_kept else "training.scope")
+    subject = switch(config, "training.personal" if is_kept else "training.scope")
     uncut, apart = "a fixed or kept factor cannot be cut", "a fixed or kept factor is averaged as it is"
-    _needs(config, subject, "annealing.schedule", "constant", why=uncut)
-    _needs(config, subject, "aggregation.kind", "factors", why=apart)
-    _needs(config, subject, "annealing.allocation", "uniform", why=uncut)
+    needs(config, subject, "annealing.schedule", "constant", why=uncut)
+    needs(config, subject, "aggregation.kind", "factors", why=apart)
+    needs(config, subject, "annealing.allocation", "uniform", why=uncut)
     for key in ("lora.client_ranks", "lora.client_capacities"):
-        _bars(config, subject, key, uncut)
+        bars(config, subject, key, uncut)
 
 
 def _personal_models_are_measured(config: RunTables) -> None:
     if config.training.personal != "none":
         why = "a personal method has no global model to measure"
-        _needs(config, _switch(config, "training.personal"), "evaluation.model", "personal", why=why)
+        needs(config, switch(config, "training.personal"), "evaluation.model", "personal", why=why)
     if config.evaluation.model == "personal":
         why = "else no client has a model of its own"
-        _needs(config, 'evaluation.model = "personal"', "training.personal", "b", "b-and-head", why=why)
+        needs(config, 'evaluation.model = "personal"', "training.personal", "b", "b-and-head", why=why)
 
 
 def _client_ranks_fit(config: RunTables) -> None:
@@ -152,23 +115,23 @@ def _client_ranks_fit(config: RunTables) -> None:
         return
     subject = "lora.client_capacities" if lora.client_ranks is None else "lora.client_ranks"
     if len(given) > config.federation.num_clients:
-        _refuse(
+        refuse(
             f"{subject} must have at most federation.num_clients entries",
             f"{len(given)} and {config.federation.num_clients}",
             "shorten the list",
         )
     shapes = "clients of unlike rank have factors of unlike shape"
-    _needs(config, subject, "training.scope", "adapter", why="only an adapter has a rank")
+    needs(config, subject, "training.scope", "adapter", why="only an adapter has a rank")
     _needs_one_scope(config, subject, "only an adapter has a rank")
-    _needs(config, subject, "aggregation.kind", "product", "zero-pad", "stack", why=shapes)
-    _needs(config, subject, "training.control_variates", False, why=f"SCAFFOLD with rank lists: {shapes}")
-    _needs(config, subject, "server_optimizer.kind", "none", why=shapes)
+    needs(config, subject, "aggregation.kind", "product", "zero-pad", "stack", why=shapes)
+    needs(config, subject, "training.control_variates", False, why=f"SCAFFOLD with rank lists: {shapes}")
+    needs(config, subject, "server_optimizer.kind", "none", why=shapes)
 
 
 def _privacy_holds(config: RunTables) -> None:
     if config.privacy.clip_norm is None:
         if config.privacy.noise_multiplier > 0:
-            _refuse(
+            refuse(
                 "privacy.noise_multiplier needs privacy.clip_norm (noise without clipping is no privacy)",
                 "none",
                 "set privacy.clip_norm, or leave privacy.noise_multiplier out",
@@ -179,31 +142,31 @@ def _privacy_holds(config: RunTables) -> None:
         "clipping factors does not bound their product, and noise in A multiplies noise in B, under "
         'aggregation.kind = "product" as under "factors": FFA-LoRA, arXiv 2403.12313'
     )
-    _needs(config, subject, "training.scope", "b-only", "full", why=why)
+    needs(config, subject, "training.scope", "b-only", "full", why=why)
     _needs_one_scope(config, subject, why)
-    _needs(config, subject, "aggregation.weights", "equal", why=bounded)
-    _needs(config, subject, "aggregation.robust", "none", why=bounded)
-    _bars(config, subject, "aggregation.norm_bound", bounded)
-    _needs(config, subject, "training.control_variates", False, why="variates would be sent without noise")
+    needs(config, subject, "aggregation.weights", "equal", why=bounded)
+    needs(config, subject, "aggregation.robust", "none", why=bounded)
+    bars(config, subject, "aggregation.norm_bound", bounded)
+    needs(config, subject, "training.control_variates", False, why="variates would be sent without noise")
     if config.federation.cohort_size is not None:
         why = "the accountant knows cohorts of clients that are drawn independently only"
-        _needs(config, subject, "federation.sampling", "poisson", why=why)
+        needs(config, subject, "federation.sampling", "poisson", why=why)
 
 
 def _state_lasts(config: RunTables, subject: str, state: str) -> None:
     """Refuse what lives in the space of the parameters across rounds where that space does not last."""
     scope, kind = config.training.scope, config.aggregation.kind
     why = f"{state} of the last round belong to the other factor"
-    _needs(config, subject, "training.scope", "full", "b-only", "adapter", why=why)
+    needs(config, subject, "training.scope", "full", "b-only", "adapter", why=why)
     if scope == "adapter":
         why = _UNLASTING.get(kind, "").format(state)
-        _needs(config, subject, "aggregation.kind", "factors", why=why)
-    _needs(config, subject, "training.personal", "none", why="the server never sees B")
+        needs(config, subject, "aggregation.kind", "factors", why=why)
+    needs(config, subject, "training.personal", "none", why="the server never sees B")
 
 
 def _server_optimizer_lasts(config: RunTables) -> None:
     if config.server_optimizer.kind != "none":
-        _state_lasts(config, _switch(config, "server_optimizer.kind"), "moments")
+        _state_lasts(config, switch(config, "server_optimizer.kind"), "moments")
 
 
 def _variates_are_mean_gradients(config: RunTables) -> None:
@@ -213,20 +176,20 @@ def _variates_are_mean_gradients(config: RunTables) -> None:
     _state_lasts(config, subject, "variates")
     _needs_one_scope(config, subject, "variates are kept from round to round")
     why = "variates are mean gradients, (x - y) / (steps * learning_rate)"
-    _needs(config, subject, "training.optimizer", "sgd", why=why)
+    needs(config, subject, "training.optimizer", "sgd", why=why)
     for key in ("training.momentum", "training.mu", *["initiating.mu"] * (config.initiating.rounds > 0)):
-        _needs(config, subject, key, 0, why=why)
+        needs(config, subject, key, 0, why=why)
 
 
 def _cohort_outnumbers_the_byzantine(config: RunTables) -> None:
     robust, num_byzantine = config.aggregation.robust, config.aggregation.num_byzantine
     extra = {"krum": 3, "multi-krum": 3, "trimmed-mean": 1}.get(robust)
     key = "federation.num_clients" if config.federation.cohort_size is None else "federation.cohort_size"
-    if extra is not None and _value(config, key) < 2 * num_byzantine + extra:
-        _refuse(
+    if extra is not None and value_of(config, key) < 2 * num_byzantine + extra:
+        refuse(
             f'aggregation.robust = "{robust}" needs a cohort of at least 2 * aggregation.num_byzantine + '
             f"{extra} = {2 * num_byzantine + extra} clients",
-            _switch(config, key),
+            switch(config, key),
             f"raise {key}, or lower aggregation.num_byzantine",
         )
 
@@ -234,9 +197,9 @@ def _cohort_outnumbers_the_byzantine(config: RunTables) -> None:
 def _robust_mean_has_a_basis(config: RunTables) -> None:
     if config.aggregation.robust not in ("median", "trimmed-mean"):
         return
-    subject, why = _switch(config, "aggregation.robust"), "in the space of factors the basis is arbitrary"
+    subject, why = switch(config, "aggregation.robust"), "in the space of factors the basis is arbitrary"
     if config.training.scope == "adapter":
-        _needs(config, subject, "aggregation.kind", "product", why=why)
+        needs(config, subject, "aggregation.kind", "product", why=why)
     elif config.initiating.scope == "adapter":
         _needs_one_scope(config, subject, why)
 
@@ -244,33 +207,88 @@ def _robust_mean_has_a_basis(config: RunTables) -> None:
 def _base_takes_what_is_folded(config: RunTables) -> None:
     if config.training.scope == "adapter" and config.aggregation.kind in ("stack", "residual"):
         why = "what is added to the base every round would be rounded away"
-        _needs(config, _switch(config, "aggregation.kind"), "model.dtype", "float32", why=why)
+        needs(config, switch(config, "aggregation.kind"), "model.dtype", "float32", why=why)
 
 
 def _cuts_can_be_judged(config: RunTables) -> None:
     if config.annealing.schedule not in ("metropolis", "target"):
         return
-    subject = _switch(config, "annealing.schedule")
-    _needs(config, subject, "training.scope", "adapter", why="only an adapter has a rank to cut")
+    subject = switch(config, "annealing.schedule")
+    needs(config, subject, "training.scope", "adapter", why="only an adapter has a rank to cut")
     if config.annealing.schedule == "metropolis":
-        _needs(config, subject, "annealing.cut", "drop", why="what was frozen cannot be taken back")
+        needs(config, subject, "annealing.cut", "drop", why="what was frozen cannot be taken back")
         why = "under residual the base takes what is cut, and under stack nothing is carried over a cut"
-        _needs(config, subject, "aggregation.kind", "product", "factors", "zero-pad", why=why)
-    _needs(config, subject, "aggregation.kind", *_UNSTACKED, why=_AFRESH)
+        needs(config, subject, "aggregation.kind", "product", "factors", "zero-pad", why=why)
+    needs(config, subject, "aggregation.kind", *_UNSTACKED, why=_AFRESH)
 
 
 def _spectrum_is_known(config: RunTables) -> None:
     if config.annealing.allocation == "spectral":
         subject = 'annealing.allocation = "spectral"'
-        _needs(config, subject, "training.scope", "adapter", why="only an adapter has ranks to share out")
-        _needs(config, subject, "aggregation.kind", *_UNSTACKED, why=_AFRESH)
+        needs(config, subject, "training.scope", "adapter", why="only an adapter has ranks to share out")
+        needs(config, subject, "aggregation.kind", *_UNSTACKED, why=_AFRESH)
 
 
 def _frobenius_norm_is_there(config: RunTables) -> None:
     if config.aggregation.weights == "frobenius":
         subject, why = 'aggregation.weights = "frobenius"', "it is the norm of B @ A"
-        _needs(config, subject, "training.scope", "adapter", why=why)
+        needs(config, subject, "training.scope", "adapter", why=why)
         _needs_one_scope(config, subject, why)
+
+
+def _sums_are_plain(config: RunTables) -> None:
+    if config.transport.collect == "reduce":
+        check_reducible(config)
+
+
+def check_reducible(config: RunTables) -> None:
+    """Raise unless the workers can add up their clients' updates before the server sees any.
+
+    Raises:
+        ValueError: naming the switch that needs single updates.
+    """
+    subject, why = 'transport.collect = "reduce"', "only a mean of values can be added up on the way"
+    order = "the order of the sum, and so its bits, depend on the number of workers"
+    needs(config, subject, "federation.reproducible", False, why=order)
+    if config.training.scope == "adapter":
+        needs(config, subject, "aggregation.kind", "factors", why=why)
+    needs(config, subject, "aggregation.weights", "examples", "equal", why=why)
+    needs(config, subject, "aggregation.robust", "none", why=why)
+    bars(config, subject, "aggregation.norm_bound", why)
+    bars(config, subject, "privacy.clip_norm", "the server clips each update again")
+    needs(config, subject, "training.control_variates", False, why=why)
+    needs(config, subject, "transport.uplink_dtype", "float32", why="MPI adds up floats")
+
+
+def _rounding_is_harmless(config: RunTables) -> None:
+    for key in ("transport.uplink_dtype", "transport.downlink_dtype"):
+        if value_of(config, key) == "float32":
+            continue
+        subject, why = switch(config, key), "variates are kept, and their rounding would add up"
+        needs(config, subject, "training.control_variates", False, why=why)
+        if value_of(config, key) == "int8" and config.training.scope == "adapter":
+            why = "an exact sum is what stack and residual are for"
+            needs(config, subject, "aggregation.kind", "product", "factors", "zero-pad", why=why)
+
+
+def _losses_have_a_basis(config: RunTables) -> None:
+    transport = config.transport
+    if not transport.error_feedback:
+        return
+    subject = "transport.error_feedback = true"
+    _state_lasts(config, subject, "losses")
+    if transport.uplink_dtype == transport.downlink_dtype == "float32":
+        refuse(
+            f"{subject} needs a wire dtype that rounds",
+            'transport.uplink_dtype = "float32" and transport.downlink_dtype = "float32"',
+            'set one of them, for example to "int8", or leave transport.error_feedback out',
+        )
+
+
+def _compiled_code_may_differ(config: RunTables) -> None:
+    if config.training.compile:
+        why = "compiled kernels give other bits than eager ones, and on other machines"
+        needs(config, "training.compile = true", "federation.reproducible", False, why=why)
 
 
 RULES: tuple[Callable[[RunTables], None], ...] = (
@@ -291,4 +309,8 @@ RULES: tuple[Callable[[RunTables], None], ...] = (
     _spectrum_is_known,
     _frobenius_norm_is_there,
     _validation_is_there,
+    _sums_are_plain,
+    _rounding_is_harmless,
+    _losses_have_a_basis,
+    _compiled_code_may_differ,
 )

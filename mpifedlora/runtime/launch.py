@@ -59,6 +59,7 @@ def run(
         MpiFedLoraError: if the set-up failed, on the server's process.
     """
     request = Request(Path(run_file), overrides, Path(out).expanduser(), overwrite)
+    setup.collect_rarely()
     setup.quiet_libraries()
     endpoint = _connect(comm)
     try:

@@ -11,13 +11,16 @@ import numpy as np
 
 from mpifedlora.core.batches import steps_of
 from mpifedlora.core.cohort import assign_clients, choose_cohort, draw_poisson_cohort
+from mpifedlora.core.combinations import check_reducible
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.method_config import ranks_of_clients
 from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
 from mpifedlora.core.seeding import numpy_generator
+from mpifedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpifedlora.core.annealer import Guidance
+    from mpifedlora.core.layout import ModelShapes
     from mpifedlora.core.robust import Combiner
     from mpifedlora.core.screening import Screening
     from mpifedlora.core.server_optimizer import ServerOptimizer
@@ -77,6 +80,56 @@ def wire_format(config: RunConfig) -> WireFormat:
     return WireFormat(
         transport.uplink_dtype, transport.downlink_dtype, transport.error_feedback, config.federation.seed
     )
+
+
+def check_parts(config: RunConfig, shapes: ModelShapes) -> None:
+    """Check that a part of an update can hold the largest module.
+
+    Raises:
+        ConfigError: if transport.chunk_bytes is smaller.
+    """
+    from mpifedlora.core.codec import piece_bytes
+
+    layout = shapes.adapter(uniform_ranks(config, shapes))
+    sizes = piece_bytes(config.transport.uplink_dtype, layout)[: len(shapes.modules)]
+    chunk_bytes, largest = config.transport.chunk_bytes, max(sizes)
+    if config.training.scope != "full" and chunk_bytes is not None and chunk_bytes < largest:
+        name = shapes.modules[sizes.index(largest)].name
+        raise ConfigError(
+            f"transport.chunk_bytes must hold the largest module's A and B, {largest} bytes ({name}), got "
+            f"{chunk_bytes}; raise it, or leave it out"
+        )
+
+
+def choose_collect(config: RunConfig, shapes: ModelShapes, available_bytes: int | None) -> str:
+    """Return how updates are collected, `gather` or `reduce`.
+
+    `auto` never leaves what is reproducible; else it reduces where the cohort's updates would take more
+    than half of the server's memory, and the method allows it.
+
+    Args:
+        config: of the run.
+        shapes: of the model.
+        available_bytes: of memory, or None where that is not known.
+    """
+    if config.transport.collect != "auto":
+        return config.transport.collect
+    try:
+        check_reducible(config)
+    except ValueError:
+        return "gather"
+    layout = shapes.adapter(uniform_ranks(config, shapes))
+    if config.training.scope == "full" or (config.initiating.rounds and config.initiating.scope == "full"):
+        layout = shapes.full()
+    needed = expected_cohort(config) * 4 * layout.num_values
+    return "reduce" if available_bytes is not None and needed > available_bytes / 2 else "gather"
+
+
+def uniform_ranks(config: RunConfig, shapes: ModelShapes) -> tuple[int, ...]:
+    """Return each module's rank before any cut."""
+    from mpifedlora.core.allocation import uniform
+
+    return uniform(config.lora.rank_max, shapes.modules)
 
 
 def rank_schedule(config: RunConfig) -> RankSchedule:

@@ -6,6 +6,7 @@ is loaded. The second builds what every process needs.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,14 +140,18 @@ class Replica:
         return layout.factors(flat), layout.whole_tensors(flat)
 
     def examples_of(self) -> Callable[[int], EncodedExamples]:
-        """Return a function that gives a client's examples, tokenised when they are first needed."""
+        """Return a function that gives a client's examples; all are tokenised when one is first needed."""
 
         @cache
-        def encode(client_id: int) -> EncodedExamples:
-            mine = self.data.dataset.train.take(self.data.parts[client_id])
-            return self.task.encode(mine.texts, mine.labels)
+        def encoded() -> EncodedExamples:
+            train = self.data.dataset.train
+            return self.task.encode(train.texts, train.labels)
 
-        return encode
+        @cache
+        def take(client_id: int) -> EncodedExamples:
+            return encoded().take(self.data.parts[client_id])
+
+        return take
 
 
 def build_replica(config: RunConfig, data: FederatedData, device: str, states_folder: Path) -> Replica:
@@ -162,12 +167,16 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
         AdapterError: if the model cannot be loaded or a target module matches nothing.
     """
     from mpifedlora.io.client_store import ClientStore
+    from mpifedlora.io.token_cache import cached_tokens
     from mpifedlora.runtime.memory import Memory
     from mpifedlora.training.local import LocalSettings
     from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
     model = build_model(config, len(data.dataset.label_names), device)
-    task = ClassificationTask(load_tokenizer(model_path(config.model.name)), config.data.max_length, device)
+    if config.training.compile:
+        model.compile()
+    tokenizer = load_tokenizer(model_path(config.model.name))
+    task = ClassificationTask(tokenizer, config.data.max_length, device, cached_tokens)
     memory = Memory(ClientStore(states_folder))
     training = config.training
     return Replica(
@@ -188,6 +197,7 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
             precision=training.precision,
             seed=config.federation.seed,
             clip_norm=config.privacy.clip_norm,
+            batching=training.batching,
         ),
     )
 
@@ -329,3 +339,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def collect_rarely() -> None:
+    """Look for garbage less often: at Python's own pace a tenth of the time of heavy imports goes there."""
+    gc.set_threshold(10_000, 10, 10)
