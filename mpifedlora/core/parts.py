@@ -15,7 +15,10 @@ from mpifedlora.core.layout import AdapterLayout, ModelShapes
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.wire import UNIT_BYTES, WireFormat, padded
 
-DEFAULT_PART_BYTES = 2**20
+LARGEST_PART_BYTES, LEAST_PART_BYTES = 2**20, 2**18
+IN_FLIGHT = 2
+"""Parts that the server takes in at a time: more of them leave the cache. See benchmarks/README.md."""
+_CACHE_BYTES = 2**23
 
 
 class Span(NamedTuple):
@@ -65,13 +68,13 @@ def parts_of(
         following: of the next round, whose message goes out; none goes out where it stops.
         shapes: of the model.
         wire: dtypes.
-        part_bytes: of one row in a part; a larger piece is a part of its own. By default the larger of
-            1 MiB and the largest module.
+        part_bytes: of one row in a part; a larger piece is a part of its own. By default what the cache
+            holds of all rows, 256 KiB to 1 MiB, and at least the largest module.
     """
     row = plan.shared_layout(shapes)
     sizes = piece_bytes(wire.uplink, row)
     if part_bytes is None:
-        part_bytes = max(DEFAULT_PART_BYTES, largest_module_bytes(plan, shapes, wire))
+        part_bytes = max(_cached_bytes(len(plan.cohort)), largest_module_bytes(plan, shapes, wire))
     borders = list(_borders(sizes, part_bytes))
     offsets = [0, *itertools.accumulate(sizes)]
     spans = _downlink_spans(following, shapes, wire, borders)
@@ -79,6 +82,11 @@ def parts_of(
         Part(first, last, offsets[first], _outward(offsets[first], offsets[last]), downlink)
         for (first, last), downlink in zip(itertools.pairwise(borders), spans, strict=True)
     ]
+
+
+def _cached_bytes(num_rows: int) -> int:
+    share = _CACHE_BYTES // (IN_FLIGHT * max(1, num_rows))
+    return min(LARGEST_PART_BYTES, max(LEAST_PART_BYTES, share))
 
 
 def _borders(sizes: Sequence[int], part_bytes: int) -> Iterator[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -43,6 +43,12 @@ class RunInfo:
         eval_model: which model the metrics measure: `global`, or each client's own (`personal`).
         is_private: whether noise that nobody can take away protects the clients.
         reproducible: whether the conditions held under which any number of workers gives the same bits.
+        collect: how updates reach the server: `gather`, `gather in parts` or `reduce`; `handed over` in
+            one process.
+        uplink_dtype: what updates are sent as.
+        downlink_dtype: what the global state is sent as.
+        gpu_buffers: how updates leave a GPU, `direct` or `staged`; `none` where none is used.
+        startup_s: seconds from the launch to the first round; nan where the system does not tell.
         module_names: the adapted modules, in the order of `module_ranks`.
         label_names: the labels, in the order of `label_table`'s columns; empty for tasks without.
         label_table: shape (num_clients, labels), int64: each client's training examples by label.
@@ -66,6 +72,11 @@ class RunInfo:
     eval_model: str
     is_private: bool
     reproducible: bool
+    collect: str
+    uplink_dtype: str
+    downlink_dtype: str
+    gpu_buffers: str
+    startup_s: float
     module_names: tuple[str, ...]
     label_names: tuple[str, ...]
     label_table: Ints
@@ -100,7 +111,7 @@ class RoundRow:
         epsilon: of the (epsilon, privacy.delta) guarantee that the model after this round still has;
             inf under clipping without noise, nan without either.
         train_s: seconds the slowest worker trained.
-        collect_s: seconds of collecting the updates.
+        collect_s: seconds of taking the updates in, once all are trained, without those of aggregating.
         aggregate_s: seconds of aggregating and cutting.
         broadcast_s: seconds of broadcasting the plan and the adapter.
         evaluate_s: seconds of evaluating, most of them while the workers train the next round.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,9 +42,28 @@ def first_lines(resolved: ResolvedRun, info: RunInfo, num_parameters: int, out: 
         f"{federation.num_rounds} rounds, seed {federation.seed}, {info.mpi_library}"
     )
     yield method_line(config)
+    yield transport_line(info)
     yield from label_lines(info.label_table, info.label_names)
     yield from _notes(resolved, info)
     yield f"results in {free_name(out)}"
+
+
+_COLLECTS = {
+    "gather in parts": "updates are aggregated part by part while they come in",
+    "gather": "updates are gathered and then aggregated",
+    "reduce": "updates are added up on the way to the server",
+    "handed over": "updates are handed over in memory",
+}
+
+
+def transport_line(info: RunInfo) -> str:
+    """Return how updates cross, and what the start took."""
+    text = _COLLECTS[info.collect]
+    if (info.uplink_dtype, info.downlink_dtype) != ("float32", "float32"):
+        text += f", as {info.uplink_dtype} up and {info.downlink_dtype} down"
+    if info.gpu_buffers != "none":
+        text += f", GPU buffers {info.gpu_buffers}"
+    return text if math.isnan(info.startup_s) else f"{text}; ready {info.startup_s:.1f} s after the launch"
 
 
 def method_line(config: RunConfig) -> str:

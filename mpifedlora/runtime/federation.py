@@ -17,6 +17,7 @@ from mpifedlora.core.layout import Factors
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.privacy import spent_epsilon
 from mpifedlora.core.rounds import Coordinator
+from mpifedlora.core.switches import Switches
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.adapter_files import write_adapter, write_base_weights
 from mpifedlora.io.output_folder import (
@@ -28,11 +29,12 @@ from mpifedlora.io.output_folder import (
     free_name,
     prepare_output_folder,
 )
+from mpifedlora.io.process import available_bytes, seconds_since_start
 from mpifedlora.io.results import ResultsWriter
 from mpifedlora.io.results_schema import RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
 from mpifedlora.runtime.announcement import first_lines
-from mpifedlora.runtime.method import build_switches, expected_cohort, has_private_noise
+from mpifedlora.runtime.method import build_switches, choose_collect, expected_cohort, has_private_noise
 from mpifedlora.runtime.progress import Progress, summarise
 from mpifedlora.runtime.server import Server
 from mpifedlora.runtime.setup import Replica
@@ -68,10 +70,13 @@ def conduct(
     started = time.perf_counter()
     config = resolved.config
     prepare_output_folder(out, write_run_file(config))
-    info = _run_info(config, replica, transport, library, statuses)
+    reduces = choose_collect(config, replica.model.shapes, available_bytes()) == "reduce"
+    switches = _switches(config, replica, transport, reduces=reduces)
+    collect = _describe_collect(switches, transport, pipeline=config.transport.pipeline)
+    info = _run_info(config, replica, transport, library, statuses, collect)
     writer = ResultsWriter(out / RESULTS_FILE, info)
     with Progress(config.federation.num_rounds) as progress:
-        server = _server(config, replica, transport, progress)
+        server = _server(config, switches, replica, transport, progress)
         num_parameters = replica.model.shapes.full().num_values
         progress.start(first_lines(resolved, info, num_parameters, out))
         saver = _Saver(progress)
@@ -110,16 +115,25 @@ class _Saver:
         return True
 
 
-def _server(config: RunConfig, replica: Replica, transport: ServerTransport, progress: Progress) -> Server:
+def _switches(config: RunConfig, replica: Replica, transport: ServerTransport, *, reduces: bool) -> Switches:
     sizes = [len(part) for part in replica.data.parts]
+    device = str(replica.model.device)
+    return build_switches(config, sizes, transport.num_workers, reduces=reduces, device=device)
+
+
+def _describe_collect(switches: Switches, transport: ServerTransport, *, pipeline: bool) -> str:
+    if not transport.can_stream:
+        return "handed over"
+    if switches.reduces:
+        return "reduce"
+    return "gather in parts" if pipeline and switches.is_local else "gather"
+
+
+def _server(
+    config: RunConfig, switches: Switches, replica: Replica, transport: ServerTransport, progress: Progress
+) -> Server:
     model = replica.model
-    reduces = config.transport.collect == "reduce"
-    coordinator = Coordinator(
-        model.shapes,
-        build_switches(config, sizes, transport.num_workers, reduces=reduces, device=str(model.device)),
-        model.initial_state,
-        config.federation.seed,
-    )
+    coordinator = Coordinator(model.shapes, switches, model.initial_state, config.federation.seed)
     return Server(
         coordinator,
         transport,
@@ -186,8 +200,14 @@ def _left_behind(out: Path) -> list[str]:
 
 
 def _run_info(
-    config: RunConfig, replica: Replica, transport: ServerTransport, library: str, statuses: Sequence[Status]
+    config: RunConfig,
+    replica: Replica,
+    transport: ServerTransport,
+    library: str,
+    statuses: Sequence[Status],
+    collect: str,
 ) -> RunInfo:
+    startup_s = seconds_since_start()
     return RunInfo(
         package_version=version("mpifedlora"),
         config=config.model_dump_json(),
@@ -202,6 +222,11 @@ def _run_info(
         eval_model=config.evaluation.model,
         is_private=has_private_noise(config),
         reproducible=_is_reproducible(config, statuses),
+        collect=collect,
+        uplink_dtype=config.transport.uplink_dtype,
+        downlink_dtype=config.transport.downlink_dtype,
+        gpu_buffers="staged" if any("cpu" not in status.device for status in statuses[1:]) else "none",
+        startup_s=math.nan if startup_s is None else startup_s,
         module_names=tuple(module.name for module in replica.model.shapes.modules),
         label_names=replica.data.dataset.label_names,
         label_table=replica.data.label_table(),

@@ -16,7 +16,7 @@ from mpifedlora.errors import MpiFedLoraError
 from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, check_output_folder
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
-from mpifedlora.runtime.method import client_keeps_state, wire_format
+from mpifedlora.runtime.method import check_parts, client_keeps_state, wire_format
 from mpifedlora.transport.base import Endpoint
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _build(request: Request, config: RunConfig, endpoint: Endpoint) -> tuple[Rep
     setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)
     data = setup.read_data(config)
     replica = setup.build_replica(config, data, device, request.out / CLIENT_STATES_FOLDER)
+    check_parts(config, replica.model.shapes)
     if endpoint.is_server and client_keeps_state(config):
         replica.memory.store.write_token(secrets.token_hex(8))
     found = {"data": data.dataset.digest, "model": replica.model.digest()}

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mpifedlora.core.plan import RoundPlan
     from mpifedlora.core.wire import WireFormat
 
-MAX_IN_FLIGHT = 3
-"""Parts of a stream whose rows the server takes in at a time."""
 LARGEST_COUNT = 2**30
 """Elements of one reduction: MPI counts them with 32 bits."""
 _LONGEST_SLEEP_S = 1e-3

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.endpoint import MAX_IN_FLIGHT, Endpoint, Order, as_bytes, pieces_of, wait
+from mpifedlora.transport.mpi.endpoint import Endpoint, Order, as_bytes, pieces_of, wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -160,7 +160,9 @@ class MpiServer(Endpoint):
             self._order(Order.COMMIT)
 
     def _part_buffers(self, parts: Sequence[Part], num_clients: int) -> list[Tensor]:
-        depth = min(MAX_IN_FLIGHT, len(parts))
+        from mpifedlora.core.parts import IN_FLIGHT
+
+        depth = min(IN_FLIGHT, len(parts))
         size = num_clients * max(part.uplink.size for part in parts)
         whole = self._fitting(depth * size)
         return [whole[index * size : (index + 1) * size] for index in range(depth)]

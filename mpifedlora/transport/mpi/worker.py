@@ -9,7 +9,6 @@ import numpy as np
 
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
 from mpifedlora.transport.mpi.endpoint import (
-    MAX_IN_FLIGHT,
     Endpoint,
     Order,
     as_bytes,
@@ -99,13 +98,15 @@ class MpiWorker(Endpoint):
                 self.comm.Reduce(piece, None)
 
     def _stream(self, rows: UpdateRows, following: RoundPlan) -> tuple[RoundPlan, Tensor]:
+        from mpifedlora.core.parts import IN_FLIGHT
+
         assert self._plan is not None
         buffer, parts = self._message_buffer(following), self._parts(self._plan, following)
         # The same calls in the same order as on the server; both ends' buffers are whole all the time.
-        requests = [self._gather_part(rows, part) for part in parts[:MAX_IN_FLIGHT]]
+        requests = [self._gather_part(rows, part) for part in parts[:IN_FLIGHT]]
         for index, part in enumerate(parts):
             requests += self._broadcast_part(part, as_bytes(buffer))
-            requests += [self._gather_part(rows, later) for later in parts[index + MAX_IN_FLIGHT :][:1]]
+            requests += [self._gather_part(rows, later) for later in parts[index + IN_FLIGHT :][:1]]
         wait_busily(requests)
         return following, buffer
 
