@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,26 +37,40 @@ class Combination:
     state: Tensor
     flat_update: FlatUpdate
 
+    @cached_property
     def reference(self) -> tuple[list[Factors], Tensor]:
-        """Return the factors of the state (none where B stays with the clients), and the rest of it."""
+        """Factors of the state (none where B stays with the clients), and the rest of it."""
         layout = self.plan.layout(self.shapes)
         factors = [] if self.plan.keeps_b else layout.factors(self.state)
         return factors, layout.whole_values(self.state)
 
+    @cached_property
+    def _shared(self) -> AdapterLayout:
+        return self.plan.shared_layout(self.shapes)
+
+    @cached_property
+    def _broadcast(self) -> Tensor:
+        return broadcast_values(self.plan, self.shapes, self.state)
+
+    def _shared_by(self, client_id: int) -> AdapterLayout:
+        """Return what a client shares; where all have the same rank, it is looked up once."""
+        return self.plan.shared_layout(self.shapes, client_id) if self.plan.client_ranks else self._shared
+
     def update(self, header: UpdateHeader, row: Tensor) -> ClientUpdate:
         """Return what a client has trained, from the bytes of its row; under float32 a view of them."""
         plan, wire = self.plan, self.switches.wire
-        if plan.has_variates:  # the row holds the variate's change too, in float32
+        if wire.uplink == "float32":
             return ClientUpdate(**vars(header), values=row.view(torch.float32))
-        layout = plan.shared_layout(self.shapes, header.client_id)
-        reference = broadcast_values(plan, self.shapes, self.state, header.client_id)
+        layout, reference = self._shared_by(header.client_id), self._broadcast
+        if plan.client_ranks:
+            reference = broadcast_values(plan, self.shapes, self.state, header.client_id)
         return ClientUpdate(**vars(header), values=wire.decode_update(layout, row, reference))
 
     def contribution(self, update: ClientUpdate) -> Contribution:
         """Return a client's update with what it did not send taken from the state."""
-        shared = self.plan.shared_layout(self.shapes, update.client_id)
+        shared = self._shared_by(update.client_id)
         values = update.values[: shared.num_values]
-        pairs = zip(shared.factors(values), self.reference()[0], strict=False)
+        pairs = zip(shared.factors(values), self.reference[0], strict=False)
         factors = [_completed(sent, state, shared.parts) for sent, state in pairs]
         return Contribution(update, factors, values, shared.whole_values(values))
 
@@ -82,11 +97,11 @@ class Combination:
             (layout values,), in the round's layout.
         """
         advance, layout = self.flat_update.advance, self.plan.layout(self.shapes)
-        shared = self.plan.shared_layout(self.shapes)
+        shared = self._shared
         if not self.is_mean:
             flat = self.state.clone()
             head = layout.whole_values(flat)
-            advance(self.reference()[1], [part.whole for part in used], weights, head)
+            advance(self.reference[1], [part.whole for part in used], weights, head)
             return flat
         is_whole = shared == layout
         old = self.state if is_whole else copy_common(layout, self.state, shared, _empty(shared))
@@ -97,7 +112,7 @@ class Combination:
         return new if is_whole else copy_common(shared, new, layout, self.state.clone())
 
     def _padded(self, part: Contribution, shared: AdapterLayout) -> Tensor:
-        own = self.plan.shared_layout(self.shapes, part.update.client_id)
+        own = self._shared_by(part.update.client_id)
         if own == shared:
             return part.values
         return copy_common(own, part.values, shared, torch.zeros(shared.num_values))

@@ -81,7 +81,7 @@ class Ledger:
             return Traffic(0, 0)
         shared = plan.shared_layout(shapes, client_id)
         due = "".join(factor for factor in _FACTORS if self.changed[factor] > self.joined[client_id])
-        state = shared if plan.scope == "full" else replace(shared, parts=cast(Parts, due))
+        state = replace(shared, parts=cast(Parts, due))
         return _total(self.dtype, [state, shared] if plan.has_variates else [state])
 
 

@@ -117,7 +117,7 @@ class Coordinator:
         """
         combination = self._combination()
         received = [combination.contribution(update) for update in sorted(updates, key=lambda u: u.client_id)]
-        outcomes = self.switches.screening.choose(received, *combination.reference())
+        outcomes = self.switches.screening.choose(received, *combination.reference)
         used = [part for part in received if outcomes[part.update.client_id] == USED]
         weights = combination.weights(used)
         self._remember([part.update for part in used])

@@ -111,9 +111,7 @@ class RoundStream:
             breathe: called between modules, so that the wire goes on.
         """
         piece = self._piece(part)
-        received = [
-            self._contribution(piece, part, header, rows[header.client_id]) for header in self.admitted.used
-        ]
+        received = self._received(piece, part, rows)
         own, span = self._after.of(part)
         state = self.opening.state[span]
         if piece.plan.scope == "full":
@@ -155,12 +153,11 @@ class RoundStream:
         )
         return replace(whole, shapes=shapes, plan=plan, state=whole.state[span])
 
-    def _contribution(
-        self, piece: Combination, part: Part, header: UpdateHeader, row: Tensor
-    ) -> Contribution:
+    def _received(self, piece: Combination, part: Part, rows: dict[int, Tensor]) -> list[Contribution]:
         begins = part.begins - part.uplink.start
-        size = piece.switches.wire.row_bytes(piece.plan, piece.shapes)
-        return piece.contribution(piece.update(header, row[begins : begins + size]))
+        ends = begins + piece.switches.wire.row_bytes(piece.plan, piece.shapes)
+        pairs = ((header, rows[header.client_id][begins:ends]) for header in self.admitted.used)
+        return [piece.contribution(piece.update(header, row)) for header, row in pairs]
 
     def _cut(
         self,

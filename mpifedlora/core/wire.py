@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.agreement import Bytes
-from mpifedlora.core.codec import as_values, decode, draw_uniform, encode, num_bytes
+from mpifedlora.core.codec import decode, draw_uniform, encode, num_bytes
 from mpifedlora.core.layout import AdapterLayout, ModelShapes, copy_common
 from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, header_record
 from mpifedlora.core.seeding import numpy_generator
@@ -128,19 +128,19 @@ class WireFormat:
         change.sub_(decode(self.uplink, layout, wire, torch.empty_like(change)))
 
     def decode_update(self, layout: AdapterLayout, wire: Tensor, reference: Tensor) -> Tensor:
-        """Return what a client has trained, (layout values,) float32; under float32 a view of its row.
+        """Return what a client has trained, (layout values,) float32; the uplink is not float32.
 
         Args:
             layout: of what the client returns, or of a range of its pieces.
             wire: bytes of it.
             reference: (layout values,), what it was broadcast as.
         """
-        if self.uplink == "float32":
-            return as_values(layout, wire)
         return decode(self.uplink, layout, wire, torch.empty(layout.num_values)).add_(reference)
 
 
-def broadcast_values(plan: RoundPlan, shapes: ModelShapes, state: Tensor, client_id: int | None) -> Tensor:
+def broadcast_values(
+    plan: RoundPlan, shapes: ModelShapes, state: Tensor, client_id: int | None = None
+) -> Tensor:
     """Return what a client's shared values were broadcast as: (shared values,), maybe the state itself."""
     layout, shared = plan.layout(shapes), plan.shared_layout(shapes, client_id)
     if shared == layout:

@@ -235,7 +235,7 @@ def _check_format(file: h5py.File) -> None:
 
 
 def _read_info(file: h5py.File) -> RunInfo:
-    to_python = {"str": str, "int": int, "bool": bool, "tuple[str, ...]": tuple}
+    to_python = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple}
     values = {f.name: to_python[str(f.type)](file.attrs[f.name]) for f in fields(RunInfo) if _is_attribute(f)}
     return RunInfo(label_table=file["label_table"][()], **values)
 

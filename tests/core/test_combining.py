@@ -120,7 +120,7 @@ def test_a_control_variate_behind_the_row_is_no_value_of_it() -> None:
 def test_without_b_there_are_no_factors() -> None:
     combination = combination_of(SMALL, STATE, (2,), keeps_b=True)
     part = combination.contribution(update_of(0, torch.arange(7.0)))
-    assert (part.factors, combination.reference()[0]) == ([], [])
+    assert (part.factors, combination.reference[0]) == ([], [])
     assert (part.values.tolist(), part.whole.tolist()) == (list(range(7)), [6])
 
 
@@ -131,7 +131,7 @@ def test_the_whole_model_is_in_no_factor() -> None:
 
 
 def test_the_reference_is_the_state() -> None:
-    factors, whole = combination_of(SMALL, STATE, (2,)).reference()
+    factors, whole = combination_of(SMALL, STATE, (2,)).reference
     assert (factors[0].a.tolist(), factors[0].b.tolist()) == ([[1, 2, 3], [4, 5, 6]], [[7, 8], [9, 10]])
     assert whole.tolist() == [11]
 
@@ -276,7 +276,7 @@ def test_robust_combinations_are_of_products_and_of_head_values() -> None:
 def test_without_any_update_the_state_is_the_only_summand(kind: str) -> None:
     combination = combination_of(SMALL, STATE, (2,), aggregator=AGGREGATORS[kind])
     aggregate = combination.sums(combination.next_values([], []), [], [])[0].cut(2, 2)
-    state = dense(combination.reference()[0][0])
+    state = dense(combination.reference[0][0])
     assert torch.allclose(dense(aggregate.active) + dense(aggregate.frozen), state)
     assert aggregate.error_energy <= 1e-9 * aggregate.exact_energy
 
@@ -285,7 +285,7 @@ def test_without_any_update_the_state_is_the_only_summand(kind: str) -> None:
 def test_a_robust_method_without_any_update_keeps_the_state_too(combiner: Any) -> None:
     combination = combination_of(SMALL, STATE, (2,), combiner=combiner)
     aggregate = combination.sums(combination.next_values([], []), [], [])[0].cut(2, 2)
-    assert torch.allclose(dense(aggregate.active), dense(combination.reference()[0][0]))
+    assert torch.allclose(dense(aggregate.active), dense(combination.reference[0][0]))
 
 
 # A round of each method against its paper's equation, in float64 from dense matrices.

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class MpiServer(Endpoint):
         self.bytes_crossed = 0
         self._ahead_bytes = 0  # of the next message, which a stream has sent already
         self._buffer: Tensor | None = None
+        self._cohort = _Cohort([], [])  # of the round in hand
 
     def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         """Send a plan and its message, whole units of bytes, to every worker."""
@@ -70,19 +71,18 @@ class MpiServer(Endpoint):
         self._ahead_bytes = 0
         if not plan.cohort:
             return []
-        counts = [len(plan.clients_of(worker_id)) for worker_id in range(self.num_workers)]
-        headers = np.zeros((sum(counts), HEADER_BYTES), np.uint8)
+        self._cohort = _Cohort.of(plan, self.num_workers)
+        headers = np.zeros((len(self._cohort.clients), HEADER_BYTES), np.uint8)
         self.bytes_crossed += headers.nbytes
-        sizes = [0, *(HEADER_BYTES * count for count in counts)]
+        sizes = [0, *(HEADER_BYTES * count for count in self._cohort.counts)]
         wait(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE]))
-        return read_headers(headers, plan, self._clients(plan), self._row_bytes(plan))
+        return read_headers(headers, plan, self._cohort.clients, self._row_bytes(plan))
 
     def _row_bytes(self, plan: RoundPlan) -> list[int]:
-        return [self.wire.row_bytes(plan, self.shapes, client_id) for client_id in self._clients(plan)]
-
-    def _clients(self, plan: RoundPlan) -> list[int]:
-        by_worker = (plan.clients_of(worker_id) for worker_id in range(self.num_workers))
-        return [client_id for clients in by_worker for client_id in clients]
+        clients = self._cohort.clients
+        if plan.client_ranks:
+            return [self.wire.row_bytes(plan, self.shapes, client_id) for client_id in clients]
+        return [self.wire.row_bytes(plan, self.shapes)] * len(clients)
 
     def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
         """Gather the bytes of every row, in the order of the headers; they hold until the next collect."""
@@ -90,11 +90,11 @@ class MpiServer(Endpoint):
 
         from mpifedlora.core.wire import padded
 
-        clients, sizes = self._clients(plan), self._row_bytes(plan)
+        sizes = self._row_bytes(plan)
         strides = [padded(size) for size in sizes]
-        counts = [0] * self.world_size
-        for client_id, stride in zip(clients, strides, strict=True):
-            counts[plan.workers[client_id] + 1] += stride
+        counts = [0] * self.num_workers
+        for client_id, stride in zip(self._cohort.clients, strides, strict=True):
+            counts[plan.workers[client_id]] += stride
         self._order(Order.ROWS)
         self.bytes_crossed += sum(counts)
         buffer = self._fitting(sum(counts))
@@ -112,7 +112,7 @@ class MpiServer(Endpoint):
     def _target(self, counts: Sequence[int], buffer: Tensor) -> tuple[Any, list[Any]]:
         from mpifedlora.core.wire import UNIT_BYTES
 
-        units = [count // UNIT_BYTES for count in counts]
+        units = [0, *(count // UNIT_BYTES for count in counts)]
         return self._mpi.IN_PLACE, [as_bytes(buffer), units, None, self._unit]
 
     def collect_sum(self, total: Tensor) -> None:
@@ -129,10 +129,10 @@ class MpiServer(Endpoint):
         """
         before = self.bytes_crossed
         self._order(Order.STREAM, stream.announced)
-        parts, clients = stream.parts, self._clients(plan)
+        parts, clients = stream.parts, self._cohort.clients
         buffers = self._part_buffers(parts, len(clients))
         pairs = zip(parts, buffers, strict=False)
-        gathers = deque(self._gather_part(plan, part, buffer) for part, buffer in pairs)
+        gathers = deque(self._gather_part(part, buffer) for part, buffer in pairs)
         broadcasts: list[MPI.Request] = []
         aggregate_s = 0.0
         for index, part in enumerate(parts):
@@ -144,7 +144,7 @@ class MpiServer(Endpoint):
             aggregate_s += time.perf_counter() - started
             broadcasts += self._broadcast_part(part, as_bytes(stream.opening.wire))
             if index + len(buffers) < len(parts):
-                gathers.append(self._gather_part(plan, parts[index + len(buffers)], buffer))
+                gathers.append(self._gather_part(parts[index + len(buffers)], buffer))
         self._mpi.Request.Waitall(broadcasts)
         self._end_stream(stream, len(clients), before)
         return aggregate_s
@@ -167,9 +167,23 @@ class MpiServer(Endpoint):
         whole = self._fitting(depth * size)
         return [whole[index * size : (index + 1) * size] for index in range(depth)]
 
-    def _gather_part(self, plan: RoundPlan, part: Part, buffer: Tensor) -> MPI.Request:
-        counts = [0, *(len(plan.clients_of(worker)) * part.uplink.size for worker in range(self.num_workers))]
+    def _gather_part(self, part: Part, buffer: Tensor) -> MPI.Request:
+        counts = [count * part.uplink.size for count in self._cohort.counts]
         return self.comm.Igatherv(*self._target(counts, buffer))
+
+
+class _Cohort(NamedTuple):
+    """Who trains in a round: clients by worker and id, and how many each worker has."""
+
+    clients: list[int]
+    counts: list[int]
+
+    @staticmethod
+    def of(plan: RoundPlan, num_workers: int) -> _Cohort:
+        clients = np.array(plan.cohort, np.int64)
+        workers = np.array(plan.workers, np.int64)[clients]
+        order = np.argsort(workers, kind="stable")
+        return _Cohort(clients[order].tolist(), np.bincount(workers, minlength=num_workers).tolist())
 
 
 def _poke(requests: Sequence[MPI.Request]) -> None:
