@@ -342,5 +342,5 @@ def quiet_libraries() -> None:
 
 
 def collect_rarely() -> None:
-    """Look for garbage less often: at Python's own pace a tenth of the time of heavy imports goes there."""
+    """Look for garbage less often: at Python's own pace an eighth of heavy imports is that."""
     gc.set_threshold(10_000, 10, 10)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 class FusedLinear(Linear):  # type: ignore[misc]
@@ -54,9 +54,9 @@ class _Fused(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.t()
+        low = (rows @ a.t()).mul_(scaling)
         out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        out.addmm_(low, b.t(), alpha=scaling)
+        out.addmm_(low, b.t())
         needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             weight if needs_x else None,
@@ -69,17 +69,17 @@ class _Fused(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, a, b, rows, low = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_out = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_a = grad_b = None
         if b is not None:
-            grad_low = (grad_rows @ b).mul_(ctx.scaling)
+            grad_low = (grad_out @ b).mul_(ctx.scaling)
             if weight is not None:
-                grad_x = (grad_rows @ weight).addmm_(grad_low, a).view(ctx.shape)
+                grad_x = (grad_out @ weight).addmm_(grad_low, a).view(ctx.shape)
             if rows is not None:
                 grad_a = grad_low.t() @ rows
         if low is not None:
-            grad_b = (grad_rows.t() @ low).mul_(ctx.scaling)
+            grad_b = (low.t() @ grad_out).t()  # much faster than grad_out.t() @ low
         return grad_x, None, None, grad_a, grad_b, None

@@ -36,6 +36,7 @@ class LocalSettings:
     precision: str
     seed: int
     clip_norm: float | None = None
+    batching: str = "shuffled"
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def _steps(
         loss = task.loss(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-        penalties.append(_add_proximal(flat, reference, grad, plan.mu))
+        if plan.mu:
+            penalties.append(_add_proximal(flat, reference, grad, plan.mu))
         _clip(grad, settings.grad_clip)
         if drift is not None:
             grad.add_(drift.correction)
@@ -188,8 +190,9 @@ def _batches(
     examples: EncodedExamples, settings: LocalSettings, round_num: int, client_id: int
 ) -> Iterator[Indices]:
     generator = numpy_generator(settings.seed, "batches", round_num, client_id)
-    yield from batch_indices(
-        len(examples), settings.batch_size, settings.local_steps, settings.local_epochs, generator
+    lengths = examples.lengths if settings.batching == "bucketed" else None
+    return batch_indices(
+        len(examples), settings.batch_size, settings.local_steps, settings.local_epochs, generator, lengths
     )
 
 
@@ -207,8 +210,6 @@ def _optimizer(
 
 
 def _add_proximal(flat: Tensor, reference: Tensor, grad: Tensor, mu: float) -> Tensor:
-    if mu == 0:
-        return torch.zeros((), device=flat.device)
     difference = flat - reference
     grad.add_(difference, alpha=mu)
     return difference.square().sum() * (mu / 2)

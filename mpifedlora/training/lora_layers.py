@@ -104,8 +104,12 @@ def adapt(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
     """Put LoRA layers on a model; their weights come with the first bind."""
     from peft import get_peft_model
 
+    from mpifedlora.training.fused import FusedLinear
+
     # Rank 1 is a place-holder: the first bind brings the real ranks.
-    return get_peft_model(model, lora_config(names, options, 1, 1.0))
+    config = lora_config(names, options, 1, 1.0)
+    config._register_custom_module({nn.Linear: FusedLinear})
+    return get_peft_model(model, config)
 
 
 def lora_layer(peft_model: Any, name: str) -> Any:

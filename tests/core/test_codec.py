@@ -4,10 +4,8 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,7 +83,7 @@ def round_trip(dtype: str, layout: AdapterLayout, values: Tensor, uniform: Tenso
 
 
 def directions(layout: AdapterLayout, flat: Tensor) -> list[Tensor]:
-    """The values that share a scale, in the order of the buffer's tensors: the law, direction by direction."""
+    """Views of the values that share a scale, one by one."""
     found: list[Tensor] = []
     for a, b in layout.factors(flat):
         found += [*a, *b.T]
@@ -95,7 +93,7 @@ def directions(layout: AdapterLayout, flat: Tensor) -> list[Tensor]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    return one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
 
 
 # Sizes.
@@ -230,7 +228,8 @@ def test_int8_has_one_scale_a_direction(layout: AdapterLayout) -> None:
     scales = [float(direction.abs().max() / 127) for direction in directions(layout, values)]
     assert num_bytes("int8", layout) == layout.num_values + 4 * len(scales)
     # Every direction's largest value arrives, whatever the others are.
-    result = directions(layout, round_trip("int8", layout, values))
+    nearest = torch.full_like(values, 0.5)
+    result = directions(layout, round_trip("int8", layout, values, nearest))
     for direction, got, scale in zip(directions(layout, values), result, scales, strict=True):
         place = int(direction.abs().argmax())
         assert math.isclose(float(got[place]), float(direction[place]), rel_tol=1e-6)
@@ -246,9 +245,9 @@ def test_rounding_twice_is_rounding_once(dtype: str, layout: AdapterLayout) -> N
 
 
 def test_int8_leaves_what_it_has_rounded() -> None:
-    # Whole numbers of scales, and the largest of them 127: without random numbers nothing changes.
+    # Whole numbers of scales, and the largest of them 127: rounded to nearest they stay.
     layout = AdapterLayout((LinearShape("q", 70, 50),), (3,), whole((4, 9)).whole)
-    once = round_trip("int8", layout, torch.randint(-126, 127, (layout.num_values,)).float())
+    once = round_trip("int8", layout, random_values(layout))
     again = round_trip("int8", layout, once, torch.full_like(once, 0.5))
     torch.testing.assert_close(again, once, rtol=1e-6, atol=0)
 
@@ -263,40 +262,26 @@ def test_bytes_are_equal_for_equal_inputs(layout: AdapterLayout, number: int) ->
     assert same_bits(uniform, before[1])
 
 
-class Draws(NamedTuple):
-    """Many decodings of the same values."""
-
-    values: Tensor
-    results: Tensor
-    scales: Tensor
-
-
-def many_draws(num_draws: int) -> Draws:
-    # A's rows, B's columns and the rows of a matrix, each of them with a magnitude of its own.
-    layout = AdapterLayout((LinearShape("q", 9, 8),), (3,), whole((4, 5), (6,)).whole)
-    values = torch.randn(layout.num_values, generator=torch.Generator().manual_seed(3))
-    for number, direction in enumerate(directions(layout, values)):
-        direction *= 10.0 ** (number % 5 - 2)
-    scales = torch.zeros_like(values)
-    for direction, scale in zip(directions(layout, values), directions(layout, scales), strict=True):
-        scale.fill_(float(direction.abs().max()) / 127)
-    generator = numpy_generator(0, "test")
-    draws = [draw_uniform(layout.num_values, generator) for _ in range(num_draws)]
-    results = torch.stack([round_trip("int8", layout, values, uniform) for uniform in draws])
-    return Draws(values.double(), results.double(), scales.double())
-
-
 def test_stochastic_rounding_is_unbiased() -> None:
-    num_draws = 4000
-    values, results, scales = many_draws(num_draws)
-    in_scales = values / scales
-    share = in_scales - in_scales.floor()
-    sigma = scales * (share * (1 - share) / num_draws).sqrt()
-    error = (results.mean(dim=0) - values).abs()
-    assert bool((error <= 5 * sigma + 1e-4 * scales).all())
-    # The rounding is as noisy as a coin of that share, so it is no rounding to nearest.
-    measured = results.std(dim=0) / scales
-    assert float((measured - (share * (1 - share)).sqrt()).abs().max()) < 0.05
+    # A's rows, B's columns and the rows of a matrix: each has its largest value once, and then one other
+    # value, of which each is a draw.
+    num_draws = 20_000
+    module = LinearShape("q", num_draws + 1, num_draws + 1)
+    layout = AdapterLayout((module,), (4,), whole((4, num_draws + 1), (num_draws + 1,)).whole)
+    values = torch.zeros(layout.num_values)
+    views = directions(layout, values)
+    in_scales = [0.1, -0.25, 0.5, -0.5, 1.75, -3.01, 63.9, 126.4, -126.99, 1e-3, 5.0, -7.0, 0.0]
+    for number, (direction, value) in enumerate(zip(views, in_scales, strict=True)):
+        scale = 10.0 ** (number % 5 - 2)
+        direction.fill_(value * scale)
+        direction[0] = 127 * scale
+    result = directions(layout, round_trip("int8", layout, values))
+    for number, (direction, value) in enumerate(zip(result, in_scales, strict=True)):
+        draws = direction[1:].double() / 10.0 ** (number % 5 - 2)
+        share = value - math.floor(value)
+        sigma = math.sqrt(share * (1 - share))  # of a coin that falls up in this share of the draws
+        assert abs(float(draws.mean()) - value) <= 5 * sigma / math.sqrt(num_draws) + 1e-4
+        assert abs(float(draws.std()) - sigma) < 0.02
 
 
 def test_random_numbers_are_drawn_in_order_and_below_one() -> None:
@@ -329,7 +314,10 @@ def test_float16_cuts_and_the_others_do_not() -> None:
 def test_float16_cuts_only_what_is_too_large() -> None:
     values = torch.tensor([1e9, 0.1, -3.0, 6e-8])
     plain = round_trip("float16", whole((3,)), values[1:])
-    assert round_trip("float16", whole((4,)), values).tolist() == [65504, *plain.tolist()]
+    for too_large in (1e9, -1e9):
+        values[0] = too_large
+        result = [math.copysign(65504, too_large), *plain.tolist()]
+        assert round_trip("float16", whole((4,)), values).tolist() == result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -393,6 +381,30 @@ def test_int8_stands_any_magnitude(magnitude: float) -> None:
         bound = magnitude / 127 * (1 + 1e-4) + 127 * 2.0**-150
         assert bool(((result - values.double()).abs() <= bound).all())
         assert result[4] == 0
+
+
+@pytest.mark.parametrize("value", [1e-45, -1e-45, 8e-44, -8e-44])
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-24])
+def test_what_has_a_scale_of_zero_is_zeros(value: float, uniform: float) -> None:
+    wire = encoded("int8", whole((3,)), torch.full((3,), value), torch.full((3,), uniform))
+    assert wire.tolist() == [0] * 7
+
+
+def test_the_largest_float32_may_arrive_as_infinite() -> None:
+    # 127 times its scale, which is rounded up.
+    values = torch.tensor([torch.finfo(torch.float32).max, 1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = round_trip("int8", whole((2,)), values, torch.full((2,), 0.5))
+    assert result.tolist() == [math.inf, 0]
+
+
+def test_rounded_values_are_at_most_127() -> None:
+    # A value divided by its own 127th part is 127 and a little more, or a little less.
+    for sign, uniform in ((1, 1 - 2.0**-24), (-1, 0.0)):
+        values = sign * torch.linspace(1, 2, 2001)
+        wire = encoded("int8", whole((2001, 1)), values, torch.full((2001,), uniform))
+        assert set(wire[4 * 2001 :].view(torch.int8).tolist()) == {sign * 127}
 
 
 @all_dtypes

@@ -348,6 +348,14 @@ def test_a_client_catches_up_on_directions_that_it_missed(dtype: str) -> None:
     assert ledger.count_downlink(made_plan([1, 3], 6), SHAPES) == sent(dtype, 2, 2 * STATE + Q + V_MATRIX)
 
 
+def test_as_many_bytes_are_no_reason_for_a_matrix() -> None:
+    # Two directions have 26 values and four scales, the matrix 30 values and three scales.
+    shapes, ledger = ModelShapes((LinearShape("u", 3, 10),), (), ()), Ledger(NUM_CLIENTS, "int8")
+    ledger.count_downlink(made_plan([], 2, lora_ranks=(0,), frozen_ranks=(2,)), shapes)
+    late = made_plan([1], 3, lora_ranks=(0,), frozen_ranks=(0,))
+    assert ledger.count_downlink(late, shapes) == Traffic(26, 128 + 2 * 4 + 42)
+
+
 # Two directions of (3, 7) have 20 values and four scales, its matrix 21 values and three scales. So the
 # sum of two missed directions goes as factors, except under int8: 20 + 4 * 4 bytes are more than 21 + 3 * 4.
 MERGED = {

@@ -8,34 +8,57 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from core.played import (
+from core.cases import (
+    ADAM,
+    ALTERNATING,
     AREAS,
+    B_ONLY,
+    BOUND_CASES,
+    CASES,
+    CLIENT_RANK_CASES,
+    CLIENT_RANKS,
     ELIGIBLE,
+    EMPTY_CASES,
+    FULL,
+    KIND_CASES,
+    KRUM_CASES,
+    LASTING,
+    MEAN_CASES,
     NUM_ADAPTED,
     NUM_BODY,
     NUM_CLIENTS,
     NUM_HEAD,
     NUM_ROUNDS,
+    OPTIMIZER_CASES,
+    PART_CASES,
+    PERSONAL,
     RANK_MAX,
+    ROBUST_CASES,
     SHAPES,
     SIDES,
+    SPECTRAL_CASES,
+    UNLIKE_SPECTRAL,
+    VARIATE_CASES,
     Case,
+    adapters,
+    initial_body,
+    over,
+    random_values,
+)
+from core.played import (
     Judge,
     Played,
-    PlayedWorker,
     Spoil,
     client_weights,
     distance,
     exported_model,
     federation,
-    flattened,
-    initial_body,
     mean_model,
     play,
     products,
-    random_values,
     tail_energy,
 )
+from core.played_worker import PlayedWorker, flattened
 from torch import Tensor
 
 from mpifedlora.core.aggregation import AGGREGATORS
@@ -50,92 +73,6 @@ from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.core.server_optimizer import ServerOptimizer
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import ClientUpdate
-
-KIND_CASES = [
-    *(
-        Case(kind, freezes, initiating, cohort_size=cohort_size, seed=seed)
-        for kind in ("product", "factors")
-        for freezes in (True, False)
-        for initiating, cohort_size, seed in (("adapter", None, 0), ("full", 3, 1), ("", 1, 2))
-    ),
-    *(Case(kind) for kind in ("residual", "stack")),
-    *(Case(kind, False, "full", cohort_size=3, seed=1) for kind in ("residual", "stack")),
-]
-CLIENT_RANKS = (4, 1, 2, 3, 2, 4)
-CLIENT_RANK_CASES = [
-    Case(kind, freezes, initiating, cohort_size=cohort_size, client_ranks=CLIENT_RANKS)
-    for kind in ("product", "zero-pad", "stack")
-    for freezes, initiating, cohort_size in ((True, "adapter", None), (False, "", 2))
-    if freezes or kind != "stack"
-]
-FIXED = Case("factors", schedule="constant", initiating="")
-B_ONLY, ALTERNATING = replace(FIXED, scope="b-only"), replace(FIXED, scope="alternating")
-FULL = Case(initiating="full", scope="full")
-PART_CASES = [
-    replace(B_ONLY, initiating="full", cohort_size=3),
-    *(replace(ALTERNATING, initiating=initiating, cohort_size=3) for initiating in ("", "adapter", "full")),
-    replace(FULL, cohort_size=3),
-]
-PERSONAL = [replace(FIXED, keeps_b=True, keeps_head=keeps, cohort_size=3) for keeps in (False, True)]
-VARIATE_CASES = [
-    replace(case, has_variates=True, cohort_size=3)
-    for case in (Case("factors"), Case("factors", False, is_spectral=True), B_ONLY, FULL)
-]
-ADAM = ServerOptimizer("fedadam", 0.3, 0.6, 0.8, 0.5)
-MOMENTUM = ServerOptimizer("momentum", 0.7, 0.6, 0.0, 0.0)
-LASTING = [Case("factors"), Case("factors", False, "full", cohort_size=3), B_ONLY, FULL]
-OPTIMIZER_CASES = [
-    *(replace(case, optimizer=MOMENTUM) for case in LASTING[:3]),
-    *(replace(case, optimizer=ADAM) for case in (LASTING[0], FULL)),
-    replace(LASTING[0], optimizer=replace(ADAM, kind="fedyogi"), has_variates=True, cohort_size=3),
-    replace(LASTING[1], optimizer=replace(ADAM, kind="fedadagrad")),
-    Case("factors", optimizer=ADAM, has_variates=True, probability=0.25, seed=1),
-]
-SPECTRAL_CASES = [
-    Case(kind, freezes, cohort_size=3, is_spectral=True)
-    for kind, freezes in (("product", True), ("product", False), ("factors", False), ("residual", True))
-]
-UNLIKE_SPECTRAL = Case("product", False, "", cohort_size=1, client_ranks=CLIENT_RANKS, is_spectral=True)
-ROBUST_CASES = [
-    *(replace(case, robust="median") for case in (Case(), B_ONLY)),
-    *(replace(case, robust="trimmed-mean") for case in (Case("product", False, "full"), FULL)),
-]
-KRUM_CASES = [
-    *(replace(case, robust="krum") for case in (Case(), FULL)),
-    *(replace(case, robust="multi-krum") for case in (Case("factors", False), B_ONLY)),
-]
-BOUND_CASES = [
-    replace(case, norm_bound=bound)
-    for case, bound in ((Case(), 6.0), (Case("residual"), 6.0), (B_ONLY, 2.6), (FULL, 8.9))
-]
-EMPTY_CASES = [
-    replace(case, probability=0.25, cohort_size=None, seed=1)
-    for case in (*map(Case, sorted(AGGREGATORS)), B_ONLY, ALTERNATING, FULL, PERSONAL[0])
-]
-WEIGHT_CASES = [
-    Case(kind, weights=weights) for kind, weights in (("product", "frobenius"), ("stack", "equal"))
-]
-# The next values are means of the used clients' values, whichever clients these are.
-MEAN_CASES = [
-    *KIND_CASES,
-    *CLIENT_RANK_CASES,
-    *PART_CASES,
-    *VARIATE_CASES,
-    *SPECTRAL_CASES,
-    *KRUM_CASES,
-    *BOUND_CASES,
-    *WEIGHT_CASES,
-    *EMPTY_CASES[:-1],
-]
-CASES = [*MEAN_CASES, *PERSONAL, EMPTY_CASES[-1], *OPTIMIZER_CASES, *ROBUST_CASES]
-
-
-def over(cases: Sequence[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=str)
-
-
-def adapters(cases: Sequence[Case]) -> list[Case]:
-    return [case for case in cases if case.scope == "adapter" and not case.keeps_b]
 
 
 def adapter_rounds(history: list[Played]) -> list[Played]:
@@ -1017,9 +954,8 @@ def test_a_plan_can_ask_for_evaluation_and_the_last_one_stops(case: Case) -> Non
     coordinator = case.coordinator()
     assert coordinator.plan(evaluates=True) == replace(coordinator.plan(), evaluates=True)
     for played in federation(case):
-        stop = played.coordinator.stop_plan()
-        assert (stop.stops, stop.message_values(SHAPES)) == (True, 0)
-    assert coordinator.highest_ranks() == (4, 3, 4)
+        stop = played.coordinator.plan(evaluates=True).stopped()
+        assert (stop.stops, stop.evaluates, stop.message_values(SHAPES)) == (True, False, 0)
     assert coordinator.num_rounds == NUM_ROUNDS
 
 

@@ -46,6 +46,11 @@ def make_info(**changes: Any) -> RunInfo:
         "eval_model": "personal",
         "is_private": False,
         "reproducible": True,
+        "collect": "gather in parts",
+        "uplink_dtype": "int8",
+        "downlink_dtype": "bfloat16",
+        "gpu_buffers": "staged",
+        "startup_s": 12.25,
         "module_names": MODULES,
         "label_names": ("sport", "Вибори"),
         "label_table": np.arange(NUM_CLIENTS * 2).reshape(NUM_CLIENTS, 2),
@@ -95,10 +100,14 @@ class TestRoundTrip:
                 got, wanted = getattr(back, info_field.name), getattr(info, info_field.name)
                 assert (got, type(got)) == (wanted, type(wanted)), info_field.name
 
+    def test_a_start_of_unknown_length_is_nan(self, tmp_path: Path) -> None:
+        ResultsWriter(tmp_path / "results.h5", make_info(startup_s=math.nan)).write()
+        assert math.isnan(read_results(tmp_path / "results.h5").info.startup_s)
+
     def test_plain_h5py_sees_the_documented_names(self, tmp_path: Path) -> None:
         write_rounds(tmp_path / "results.h5", 3)
         with h5py.File(tmp_path / "results.h5") as file:
-            assert (file.attrs["format_version"], file.attrs["status"]) == (2, "running")
+            assert (file.attrs["format_version"], file.attrs["status"]) == (3, "running")
             assert file["rounds/uplink_bytes"].shape == (3,)
             assert file["rounds/stage"][0] == b"annealing"
             assert file["rounds/module_ranks"].shape == (3, 2)
@@ -109,6 +118,9 @@ class TestRoundTrip:
             assert file["clients/outcome"][0].tolist() == [b"used"] * NUM_CLIENTS
             assert file["rounds/epsilon"][:].tolist() == [0.5, 1.0, 1.5]
             assert (file.attrs["eval_model"], file.attrs["is_private"]) == ("personal", False)
+            names = ("collect", "uplink_dtype", "downlink_dtype", "gpu_buffers", "startup_s")
+            expected = ["gather in parts", "int8", "bfloat16", "staged", 12.25]
+            assert [file.attrs[name] for name in names] == expected
             assert file["clients/participated"].shape == (3, NUM_CLIENTS)
             assert file["clients/participated"].dtype == np.bool_
 
@@ -257,10 +269,10 @@ class TestRefusals:
             file["x"] = 1
         with pytest.raises(CheckpointError, match="another HDF5 file"):
             read_results(path)
-        for version in (1, 3):
+        for version in (2, 4):
             with h5py.File(path, "a") as file:
                 file.attrs["format_version"] = version
-            with pytest.raises(CheckpointError, match=f"must be 2, got {version}"):
+            with pytest.raises(CheckpointError, match=f"must be 3, got {version}"):
                 read_results(path)
 
     @pytest.mark.parametrize("name", ["rounds/uplink_bytes", "clients", "label_table"])

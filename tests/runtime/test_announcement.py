@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import support
 
 from mpifedlora.io.results_schema import RunInfo
 from mpifedlora.io.run_file import ResolvedRun, read_run_file
-from mpifedlora.runtime.announcement import MAX_CLIENTS, MAX_LABELS, first_lines, label_lines, method_line
+from mpifedlora.runtime.announcement import (
+    MAX_CLIENTS,
+    MAX_LABELS,
+    first_lines,
+    label_lines,
+    method_line,
+    transport_line,
+)
 
 INFO = RunInfo(
     package_version="1.2",
@@ -25,6 +33,11 @@ INFO = RunInfo(
     eval_model="global",
     is_private=False,
     reproducible=True,
+    collect="gather in parts",
+    uplink_dtype="float32",
+    downlink_dtype="float32",
+    gpu_buffers="none",
+    startup_s=3.14,
     module_names=("q", "v"),
     label_names=("animals", "food", "music"),
     label_table=np.array([[5, 0, 2], [0, 3, 0], [1, 1, 1], [0, 0, 0]]),
@@ -81,6 +94,29 @@ def test_method_line_names_the_switches_that_do_something(
     assert method_line(resolve(run_file, *overrides).config) == line
 
 
+IN_PARTS = "updates are aggregated part by part while they come in"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, f"{IN_PARTS}; ready 3.1 s after the launch"),
+        ({"startup_s": math.nan}, IN_PARTS),
+        ({"collect": "gather", "startup_s": math.nan}, "updates are gathered and then aggregated"),
+        ({"collect": "reduce", "startup_s": math.nan}, "updates are added up on the way to the server"),
+        ({"collect": "handed over", "startup_s": math.nan}, "updates are handed over in memory"),
+        ({"uplink_dtype": "int8", "startup_s": math.nan}, f"{IN_PARTS}, as int8 up and float32 down"),
+        (
+            {"downlink_dtype": "bfloat16", "gpu_buffers": "staged"},
+            f"{IN_PARTS}, as float32 up and bfloat16 down, GPU buffers staged; "
+            "ready 3.1 s after the launch",
+        ),
+    ],
+)
+def test_transport_line_says_how_updates_cross(changes: dict[str, object], line: str) -> None:
+    assert transport_line(replace(INFO, **changes)) == line
+
+
 def test_label_table_by_hand() -> None:
     lines = list(label_lines(INFO.label_table, INFO.label_names))
     assert [line.split() for line in lines[1:]] == [
@@ -133,3 +169,4 @@ def test_nothing_to_note_gives_no_note(run_file: Path) -> None:
     assert not any(line.startswith("note") for line in lines)
     assert lines[0] == "mpifedlora 1.2: custom on d with m, 1.5 M parameters, 2 adapted layers"
     assert lines[1] == "4 clients on 2 workers (cpu, 1 thread), 4 rounds, seed 0, Some MPI"
+    assert lines[3] == transport_line(info)

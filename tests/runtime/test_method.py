@@ -7,19 +7,25 @@ from support import make_run_file
 
 from mpifedlora.core.aggregation import AGGREGATORS, weighted_mean
 from mpifedlora.core.annealer import Guidance
+from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.methods import METHODS
 from mpifedlora.core.plan import ABSENT
 from mpifedlora.core.robust import coordinate_median
 from mpifedlora.core.screening import Screening
 from mpifedlora.core.server_optimizer import ServerOptimizer
 from mpifedlora.core.switches import Switches
+from mpifedlora.core.wire import WireFormat
+from mpifedlora.errors import ConfigError
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime.method import (
     build_switches,
+    check_parts,
+    choose_collect,
     client_keeps_state,
     expected_cohort,
     has_private_noise,
     rank_schedule,
+    wire_format,
 )
 
 SIZES = [10, 0, 7, 40]
@@ -374,3 +380,101 @@ def test_each_client_takes_part_with_one_probability(tiny_run_file):
 )
 def test_the_expected_cohort_is_the_one_asked_for(tiny_run_file, settings, expected):
     assert expected_cohort(config_of(tiny_run_file, *settings)) == expected
+
+
+# how updates cross
+
+# Rank 4: 4 * (5 + 7) and 4 * (9 + 4) values, and a head of 6; the whole model has 35 + 36 + 6.
+SHAPES = ModelShapes(
+    (LinearShape("q", 5, 7), LinearShape("v", 9, 4)),
+    (TensorShape("head", (3, 2)),),
+    (TensorShape("q.weight", (5, 7)), TensorShape("v.weight", (9, 4))),
+)
+ADAPTER_VALUES, FULL_VALUES = 48 + 52 + 6, 35 + 36 + 6
+FREE = "federation.reproducible=false"
+FEDAVG, FEDIT = "federation.method=fedavg", "federation.method=fedit"
+
+
+def test_the_wire_format_comes_from_the_run_file(tiny_run_file):
+    assert wire_format(config_of(tiny_run_file)) == WireFormat("float32", "float32", False, 0)
+    settings = ("transport.uplink_dtype=int8", "transport.downlink_dtype=bfloat16", "federation.seed=5")
+    feedback = (FEDIT, "transport.error_feedback=true")
+    config = config_of(tiny_run_file, *settings, *feedback)
+    assert wire_format(config) == WireFormat("int8", "bfloat16", True, 5)
+    assert build_switches(config, SIZES, 2).wire == WireFormat("int8", "bfloat16", True, 5)
+
+
+@pytest.mark.parametrize(("uplink", "keeps"), [("int8", True), ("float32", False)])
+def test_who_rounds_its_updates_keeps_what_was_lost(tiny_run_file, uplink, keeps):
+    settings = (f"transport.uplink_dtype={uplink}", "transport.downlink_dtype=int8")
+    config = config_of(tiny_run_file, FEDIT, "transport.error_feedback=true", *settings)
+    assert client_keeps_state(config) == keeps
+    assert build_switches(config, SIZES, 2).client_keeps_state == keeps
+
+
+@pytest.mark.parametrize("settings", [[FEDAVG], [FEDIT], []])
+@pytest.mark.parametrize("available_bytes", [0, 1, None])
+def test_auto_never_leaves_what_is_reproducible(tiny_run_file, settings, available_bytes):
+    assert choose_collect(config_of(tiny_run_file, *settings), SHAPES, available_bytes) == "gather"
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed_bytes"),
+    [
+        ([FEDAVG], 4 * 4 * FULL_VALUES),
+        ([FEDIT], 4 * 4 * ADAPTER_VALUES),
+        ([FEDIT, "federation.cohort_size=3"], 3 * 4 * ADAPTER_VALUES),
+        (
+            ["aggregation.kind=factors", "federation.method=custom", "initiating.scope=full"],
+            4 * 4 * FULL_VALUES,
+        ),
+        (["aggregation.kind=factors", "federation.method=custom"], 4 * 4 * ADAPTER_VALUES),
+    ],
+)
+def test_auto_adds_up_on_the_way_what_would_take_more_than_half_of_the_memory(
+    tiny_run_file, settings, needed_bytes
+):
+    config = config_of(tiny_run_file, *settings, FREE)
+    assert choose_collect(config, SHAPES, 2 * needed_bytes) == "gather"
+    assert choose_collect(config, SHAPES, 2 * needed_bytes - 1) == "reduce"
+    assert choose_collect(config, SHAPES, None) == "gather"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],  # a product of factors is no plain mean
+        [FEDAVG, "aggregation.robust=median"],
+        [FEDIT, "transport.uplink_dtype=bfloat16"],
+        ["federation.method=scaffold"],
+    ],
+)
+def test_auto_gathers_what_cannot_be_added_up(tiny_run_file, settings):
+    assert choose_collect(config_of(tiny_run_file, *settings, FREE), SHAPES, 1) == "gather"
+
+
+def test_what_is_asked_for_is_taken(tiny_run_file):
+    for collect, available_bytes in (("reduce", 2**40), ("gather", 1)):
+        config = config_of(tiny_run_file, FEDAVG, FREE, f"transport.collect={collect}")
+        assert choose_collect(config, SHAPES, available_bytes) == collect
+    assert build_switches(config, SIZES, 2, reduces=True).reduces
+    assert not build_switches(config, SIZES, 2).reduces
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"), [("float32", 4 * 52), ("bfloat16", 2 * 52), ("int8", 52 + 4 * 8)]
+)
+def test_a_part_holds_the_largest_module(tiny_run_file, dtype, least):
+    settings = (f"transport.uplink_dtype={dtype}", FEDIT)
+    check_parts(config_of(tiny_run_file, *settings), SHAPES)
+    check_parts(config_of(tiny_run_file, *settings, f"transport.chunk_bytes={least}"), SHAPES)
+    message = (
+        f"transport.chunk_bytes must hold the largest module's A and B, {least} bytes \\(v\\), "
+        f"got {least - 1}; raise it, or leave it out"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_parts(config_of(tiny_run_file, *settings, f"transport.chunk_bytes={least - 1}"), SHAPES)
+
+
+def test_tensors_of_a_whole_model_may_be_larger_than_a_part(tiny_run_file):
+    check_parts(config_of(tiny_run_file, FEDAVG, "transport.chunk_bytes=1"), SHAPES)

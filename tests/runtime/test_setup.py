@@ -1,3 +1,7 @@
+import gc
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,14 @@ from mpifedlora.core.plan import RoundPlan
 from mpifedlora.errors import AdapterError, ConfigError
 from mpifedlora.io.model_files import check_targets
 from mpifedlora.io.run_file import read_run_file
-from mpifedlora.runtime.setup import build_replica, choose_device, choose_threads, model_path, read_data
+from mpifedlora.runtime.setup import (
+    build_replica,
+    choose_device,
+    choose_threads,
+    collect_rarely,
+    model_path,
+    read_data,
+)
 
 
 def config_of(run_file, *overrides):
@@ -170,3 +181,30 @@ def test_a_misspelt_target_is_found_without_loading_the_model(tiny_model_folder)
     check_targets(str(tiny_model_folder), ["query", "attention.output.dense"])
     with pytest.raises(AdapterError, match='did you mean "query"'):
         check_targets(str(tiny_model_folder), ["qury"])
+
+
+# start-up
+
+
+@pytest.fixture
+def own_thresholds():
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.mark.usefixtures("own_thresholds")
+def test_garbage_is_looked_for_less_often_than_python_would():
+    collect_rarely()
+    gc.collect()
+    before = gc.get_stats()[0]["collections"]
+    kept = [[] for _ in range(9000)]
+    assert gc.get_stats()[0]["collections"] == before
+    kept += [[] for _ in range(3000)]
+    assert gc.get_stats()[0]["collections"] > before  # still looked for
+
+
+def test_a_run_begins_before_anything_heavy_is_imported():
+    code = "import sys; from mpifedlora.runtime import launch; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "peft", "h5py", "mpi4py"} & set(ended.stdout.split())

@@ -1,7 +1,11 @@
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from support import build_model, make_plan, random_values
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from mpifedlora.errors import AdapterError
@@ -150,3 +154,67 @@ def test_trained_weights_are_not_rounded_to_the_base_dtype(tiny_model_folder):
 def test_weights_that_do_not_fit_are_an_adapter_error(tiny_model_folder, name, shape):
     with pytest.raises(AdapterError, match=rf"base weights must fit the model, got {name} \({shape[0]}, 32"):
         load_weights(build(tiny_model_folder), {name: torch.zeros(shape)})
+
+
+# the weights' file, mapped
+
+
+def mapped_names(module, folder):
+    """Names of the parameters that lie in private maps of weight files in a folder."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    maps = [line for line in lines if line[-1].startswith(str(folder)) and line[-1].endswith(".safetensors")]
+    assert {line[1] for line in maps} <= {"rw-p"}
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    return {
+        name
+        for name, value in module.named_parameters()
+        if any(start <= value.data_ptr() < end for start, end in ranges)
+    }
+
+
+def names_without_head(module):
+    return {name for name, _ in module.named_parameters() if not name.startswith("classifier.")}
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="maps are looked up as Linux shows them")
+
+
+@on_linux
+@pytest.mark.parametrize("head", ["mean_pooling", "stock"])
+def test_the_base_weights_are_a_map_of_their_file(tiny_model_folder, head):
+    module = build(tiny_model_folder, head=head).module
+    assert mapped_names(module, tiny_model_folder) == names_without_head(module)
+
+
+@on_linux
+@pytest.mark.parametrize(("dtype", "shard_size"), [("float32", "20KB"), ("bfloat16", "5GB")])
+def test_shards_and_other_dtypes_are_mapped_too(tiny_model_folder, tmp_path, dtype, shard_size):
+    encoder = build(tiny_model_folder, dtype=dtype).module.encoder
+    encoder.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
+    module = build(tmp_path, head="mean_pooling", dtype=dtype).module
+    assert mapped_names(module, tmp_path) == names_without_head(module)
+    expected = dict(encoder.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in module.encoder.named_parameters())
+
+
+@on_linux
+def test_a_model_with_lora_layers_still_holds_no_copy_of_its_base(tiny_model_folder):
+    module = build_model(tiny_model_folder).peft_model
+    own = re.compile(r"lora_[AB]|\.classifier\.")
+    base = {name for name, _ in module.named_parameters() if not own.search(name)}
+    assert len(base) > 30
+    assert mapped_names(module, tiny_model_folder) == base
+
+
+def test_adding_to_the_base_weights_changes_one_process_and_never_the_file(tiny_model_folder):
+    file = tiny_model_folder / "model.safetensors"
+    before = file.read_bytes()
+    model, twin = build_model(tiny_model_folder), build_model(tiny_model_folder)
+    expected = twin.adapted_weights()
+    plan = make_plan(model, frozen_ranks=(2,) * 12)
+    model.receive(plan, random_values(plan.message_values(model.shapes)))
+    assert not any(torch.equal(value, expected[name]) for name, value in model.adapted_weights().items())
+    fresh = build_model(tiny_model_folder).adapted_weights()
+    assert all(torch.equal(value, fresh[name]) for name, value in twin.adapted_weights().items())
+    assert file.read_bytes() == before
