@@ -113,7 +113,10 @@ def draw(points: Sequence[Point], figure: Figure) -> None:
     for way in WAYS:
         line = [(point.cohort_size, point.peak_bytes / 1e6) for point in points if point.way == way]
         axes.plot(*zip(*line, strict=True), label=way)
-    axes.set(xscale="log", yscale="log", xlabel="clients in a round", ylabel="MB on the server, peak")
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="clients in a round", ylabel="MB on the server, peak")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_title(f"clients of {MEGABYTES} MB")
     axes.legend()
 

@@ -4,18 +4,16 @@
     sbatch slurm/scaling.sbatch
     python benchmarks/bench_scaling.py --combine FILE... --json OUT
 
-In one mpirun, groups of the first processes stand for smaller jobs. A client trains for a fixed time, asleep: so
-it needs no core, as if it trained on a GPU. The server's time is that of a round without training; it must grow
-at most linearly with the workers, and logarithmically where the workers add up (`reduce`). These two bounds hold
-where each process has a core, and are only printed otherwise. What lies beyond the measured numbers of workers
-is extrapolated, and says so.
+In one mpirun, groups of the first processes stand for smaller jobs. A client trains for a fixed time, asleep:
+it needs no core, as if it trained on a GPU. The server's time is that of a round without training. It must
+grow at most linearly with the workers, and logarithmically where the workers add up (`reduce`): held where
+each process has a core, only printed otherwise. Beyond the measured workers it is extrapolated, and says so.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -164,7 +162,8 @@ def fit(points: Sequence[Point], way: str) -> Fit:
     seconds = np.array([point.server_s for point in chosen])
     constants = _least_squares(rows / seconds[:, None], np.ones(len(chosen)))
     errors = np.abs(rows @ constants / seconds - 1)
-    return Fit(way, *(float(value) for value in constants), float(np.median(errors)))
+    start, latency, slope = map(float, constants)
+    return Fit(way, start, latency, slope, float(np.median(errors)))
 
 
 def _least_squares(rows: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -243,7 +242,9 @@ def draw(points: Sequence[Point], fits: Sequence[Fit], figure: Figure) -> None:
         line = _line(points, kind, "in parts", SCALED_MB)
         workers = [point.num_workers for point in line]
         right.plot(workers, [100 * efficiency(line[0], point) for point in line], label=kind)
-    right.set(xscale="log", xlabel="workers", ylabel="efficiency, %", ylim=(0, 110))
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="workers", ylabel="efficiency, %", ylim=(0, 110))
     right.set_title(f"{SCALED_MB} MB, {TRAIN_S} s a client")
     right.legend()
 
@@ -259,7 +260,9 @@ def _draw_times(points: Sequence[Point], fits: Sequence[Fit], axes: Axes) -> Non
         axes.plot(reach, modelled, color=color, linestyle="--", marker="", linewidth=1)
     axes.axvspan(measured[-1], FAR_WORKERS, color="0.9", zorder=0)
     axes.text(measured[-1], axes.get_ylim()[0], " extrapolated", va="bottom")
-    axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="server's seconds a round")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(yscale="log", xlabel="workers", ylabel="server's seconds a round")
     axes.set_title(f"{megabytes} MB a client")
     axes.legend()
 

@@ -46,10 +46,11 @@ def admit(switches: Switches, headers: Sequence[UpdateHeader]) -> Admitted:
         switches: of a method that compares no updates.
         headers: of the cohort, any order.
     """
-    finite = sorted((header for header in headers if header.is_finite), key=lambda header: header.client_id)
+    ordered = sorted(headers, key=lambda header: header.client_id)
+    finite = [header for header in ordered if header.is_finite]
     used = finite if len(finite) >= switches.screening.least else []
-    outcomes = dict.fromkeys((header.client_id for header in headers), NOT_FINITE)
-    outcomes.update({header.client_id: USED if used else NOT_CHOSEN for header in finite})
+    kept = USED if used else NOT_CHOSEN
+    outcomes = {header.client_id: kept if header.is_finite else NOT_FINITE for header in ordered}
     weights = normalise([switches.counts(header) for header in used]) if used else []
     return Admitted(used, outcomes, weights)
 
@@ -91,6 +92,8 @@ class RoundStream:
         self._after, self._sent = _Pieces(opening.plan.layout(shapes)), _Pieces(segments.state)
         self._flats = opening.plan.split(shapes, opening.message)
         self._frozen_factors = segments.frozen.factors(self._flats.frozen)
+        if combination.plan.keeps_head:  # it is in no row
+            self._after.layout.whole_values(opening.state).copy_(combination.reference[1])
 
     @property
     def lost(self) -> Lost | None:

@@ -23,6 +23,7 @@ from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ProtocolError
 
 VALUE_BYTES = 4
+_COPIED_VALUES = 2**18  # of a piece that is copied from a GPU while the piece before is sent
 UNIT_BYTES = 64
 """What crosses the transport is a whole number of these: MPI counts them, and so reaches 128 GiB.
 
@@ -223,15 +224,17 @@ class UpdateRows:
 
     Args:
         sizes: bytes of each client's values.
+        device: where the buffer lies.
         is_pinned: whether the buffer is page-locked, for copies from a GPU.
     """
 
-    def __init__(self, sizes: Sequence[int], *, is_pinned: bool = False) -> None:
+    def __init__(self, sizes: Sequence[int], *, device: str = "cpu", is_pinned: bool = False) -> None:
         self.sizes = tuple(sizes)
         self.headers = np.zeros((len(self.sizes), HEADER_BYTES), np.uint8)
         self.total = torch.empty(0)
         self._starts = [0, *itertools.accumulate(self._strides())]
-        self.buffer = torch.zeros(self._room(), dtype=torch.uint8, pin_memory=is_pinned)
+        self.buffer = torch.zeros(self._room(), dtype=torch.uint8, device=device, pin_memory=is_pinned)
+        self._copies: list[tuple[int, torch.cuda.Event]] = []  # under way: first byte, and when it is done
 
     def _strides(self) -> list[int]:
         return [padded(size) for size in self.sizes]
@@ -250,6 +253,28 @@ class UpdateRows:
     def wire(self, index: int) -> Tensor:
         """Return the bytes of one client's values (sizes[index],), a view."""
         return self.buffer[self._starts[index] : self._starts[index] + self.sizes[index]]
+
+    def fill(self, index: int, values: Tensor) -> None:
+        """Copy a client's float32 values into its row; from a GPU in pieces, while the caller goes on."""
+        target = self.wire(index).view(torch.float32)
+        if values.device == target.device or not target.is_pinned():
+            target.copy_(values)
+            return
+        for start in range(0, len(values), _COPIED_VALUES):
+            piece = slice(start, start + _COPIED_VALUES)
+            target[piece].copy_(values[piece], non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+            self._copies.append((VALUE_BYTES * start, done))
+
+    def settle(self, stop: int) -> None:
+        """Wait until the first `stop` bytes of every row are there."""
+        if self.buffer.is_cuda:
+            torch.cuda.current_stream(self.buffer.device).synchronize()
+        for first, done in self._copies:
+            if first < stop:
+                done.synchronize()
+        self._copies = [copy for copy in self._copies if copy[0] >= stop]
 
     def close(self, index: int, counts: int) -> None:
         """Take note that a row is written: nothing is left to do, it is sent as it is."""
@@ -277,15 +302,18 @@ class SummedRows(UpdateRows):
 
     def close(self, index: int, counts: int) -> None:
         """Add the row to the sum, by what the client counts, unless its header says that it is not finite."""
+        self.settle(self.sizes[index])
         if self.header(index)["is_finite"]:
             self.total.add_(self.wire(index).view(torch.float32), alpha=counts)
 
 
-def fitting_rows(rows: UpdateRows | None, sizes: Sequence[int], *, is_pinned: bool = False) -> UpdateRows:
+def fitting_rows(
+    rows: UpdateRows | None, sizes: Sequence[int], *, device: str = "cpu", is_pinned: bool = False
+) -> UpdateRows:
     """Return the given rows if they fit, else new ones: buffers are kept from round to round."""
     if rows is not None and rows.sizes == tuple(sizes):
         return rows
-    return UpdateRows(sizes, is_pinned=is_pinned)
+    return UpdateRows(sizes, device=device, is_pinned=is_pinned)
 
 
 def read_headers(

@@ -34,6 +34,7 @@ from mpifedlora.io.results import ResultsWriter
 from mpifedlora.io.results_schema import RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
 from mpifedlora.runtime.announcement import first_lines
+from mpifedlora.runtime.gpu_buffers import used_gpu_buffers
 from mpifedlora.runtime.method import build_switches, choose_collect, expected_cohort, has_private_noise
 from mpifedlora.runtime.progress import Progress, summarise
 from mpifedlora.runtime.server import Server
@@ -225,7 +226,7 @@ def _run_info(
         collect=collect,
         uplink_dtype=config.transport.uplink_dtype,
         downlink_dtype=config.transport.downlink_dtype,
-        gpu_buffers="staged" if any("cpu" not in status.device for status in statuses[1:]) else "none",
+        gpu_buffers=used_gpu_buffers([status.device for status in statuses[1:]]),
         startup_s=math.nan if startup_s is None else startup_s,
         module_names=tuple(module.name for module in replica.model.shapes.modules),
         label_names=replica.data.dataset.label_names,

@@ -16,6 +16,7 @@ from mpifedlora.errors import MpiFedLoraError
 from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, check_output_folder
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
+from mpifedlora.runtime.gpu_buffers import DIRECT_MARK, choose_gpu_buffers
 from mpifedlora.runtime.method import check_parts, client_keeps_state, wire_format
 from mpifedlora.transport.base import Endpoint
 
@@ -114,6 +115,7 @@ def _build(request: Request, config: RunConfig, endpoint: Endpoint) -> tuple[Rep
     device = setup.choose_device(
         training.device, setup.num_visible_gpus(), place.worker_index, place.num_workers
     )
+    buffers = _gpu_buffers(config, device, endpoint)
     threads = setup.choose_threads(training.threads, place.num_cores, place.num_sharing_cores)
     setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)
     data = setup.read_data(config)
@@ -122,7 +124,15 @@ def _build(request: Request, config: RunConfig, endpoint: Endpoint) -> tuple[Rep
     if endpoint.is_server and client_keeps_state(config):
         replica.memory.store.write_token(secrets.token_hex(8))
     found = {"data": data.dataset.digest, "model": replica.model.digest()}
-    return replica, {**_digests(config), **found}, setup.describe_device(device, threads)
+    described = setup.describe_device(device, threads)
+    return replica, {**_digests(config), **found}, described + f", {DIRECT_MARK}" * (buffers == "direct")
+
+
+def _gpu_buffers(config: RunConfig, device: str, endpoint: Endpoint) -> str:
+    from mpifedlora.transport.mpi.gpu import is_gpu_aware
+
+    requested, is_server = config.transport.gpu_buffers, endpoint.is_server
+    return choose_gpu_buffers(requested, device, is_server=is_server, is_aware=is_gpu_aware)
 
 
 def _find_token(store: ClientStore, endpoint: Endpoint) -> tuple[None, Mapping[str, str], str]:
@@ -152,7 +162,9 @@ def _take_part(
         is_pinned=is_pinned,
     )
     if isinstance(endpoint, mpi.MpiWorker):
-        serve(_worker(endpoint.worker_id, endpoint.num_workers, replica, config), endpoint)
+        is_direct = _gpu_buffers(config, str(model.device), endpoint) == "direct"
+        worker = _worker(endpoint.worker_id, endpoint.num_workers, replica, config, is_direct=is_direct)
+        serve(worker, endpoint)
         return 0
     if isinstance(endpoint, mpi.MpiServer):
         return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses)
@@ -162,7 +174,9 @@ def _take_part(
     return conduct(request.out, resolved, replica, alone, endpoint.library, both)
 
 
-def _worker(worker_id: int, num_workers: int, replica: Replica, config: RunConfig) -> Worker:
+def _worker(
+    worker_id: int, num_workers: int, replica: Replica, config: RunConfig, *, is_direct: bool = False
+) -> Worker:
     from mpifedlora.runtime.worker import Worker
 
     return Worker(
@@ -172,6 +186,7 @@ def _worker(worker_id: int, num_workers: int, replica: Replica, config: RunConfi
         wire_format(config),
         reduce_dtype=config.transport.reduce_dtype,
         counts_examples=config.aggregation.weights == "examples",
+        is_direct=is_direct,
     )
 
 

@@ -33,6 +33,7 @@ class Worker:
         wire: what messages and updates are sent as.
         reduce_dtype: what updates are added up in, where the plan says that they are.
         counts_examples: whether a client counts by its examples then, else all count the same.
+        is_direct: whether MPI sends updates out of GPU memory.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Worker:
         *,
         reduce_dtype: str = "float32",
         counts_examples: bool = True,
+        is_direct: bool = False,
     ) -> None:
         self.worker_id = worker_id
         self.num_workers = num_workers
@@ -51,6 +53,7 @@ class Worker:
         self.model = replica.model
         self._examples_of = replica.examples_of()
         self.wire, self.reduce_dtype, self.counts_examples = wire, reduce_dtype, counts_examples
+        self.is_direct = is_direct
         self._rows: UpdateRows | None = None
         self._plan: RoundPlan | None = None
 
@@ -95,24 +98,26 @@ class Worker:
     def _fitting_rows(self, clients: Sequence[int]) -> UpdateRows:
         plan, shapes = self.plan, self.model.shapes
         sizes = [self.wire.row_bytes(plan, shapes, client_id) for client_id in clients]
-        is_pinned = self.model.device.type == "cuda"
+        is_pinned = self.model.device.type == "cuda" and not self.is_direct
         if plan.reduces:
             num_values = plan.shared_layout(shapes).num_values
             return SummedRows(sizes, num_values, self.reduce_dtype, is_pinned=is_pinned)
-        return fitting_rows(self._rows, sizes, is_pinned=is_pinned)
+        is_direct = self.is_direct and self.wire.uplink == "float32"
+        device = str(self.model.device) if is_direct else "cpu"
+        return fitting_rows(self._rows, sizes, device=device, is_pinned=is_pinned)
 
     def _train_one(self, client_id: int, rows: UpdateRows, index: int) -> None:
         started = time.perf_counter()
         examples, row = self._examples_of(client_id), rows.wire(index)
-        is_exact = self.wire.uplink == "float32"
-        num_values = self.plan.row_values(self.model.shapes, client_id)
-        values = row.view(torch.float32) if is_exact else torch.empty(num_values)
+        values = self._values(client_id, row)
         task, settings, memory = self.replica.task, self.replica.settings, self.replica.memory
         kept = memory.recall(self.plan, client_id)
         result = train_client(self.model, task, examples, settings, self.plan, client_id, values, kept)
         keeps = result.memory
-        if not is_exact:
+        if self.wire.uplink != "float32":
             keeps |= self._encode(client_id, values, row, kept)
+        elif values.data_ptr() != row.data_ptr():
+            rows.fill(index, values)
         memory.keep(self.plan, client_id, keeps)
         UpdateHeader(
             client_id=client_id,
@@ -124,6 +129,14 @@ class Worker:
             is_finite=result.is_finite,
         ).write(rows, index, self.plan)
         rows.close(index, len(examples) if self.counts_examples else 1)
+
+    def _values(self, client_id: int, row: Tensor) -> Tensor:
+        """Return where a client's values are trained: in its row, if that is what is sent of them."""
+        num_values = self.plan.row_values(self.model.shapes, client_id)
+        if self.wire.uplink != "float32":
+            return torch.empty(num_values)
+        is_here = row.device == self.model.device
+        return row.view(torch.float32) if is_here else torch.empty(num_values, device=self.model.device)
 
     def _encode(
         self, client_id: int, values: Tensor, row: Tensor, kept: Mapping[str, Tensor]

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mpifedlora.core.batches import Indices, batch_indices
+from mpifedlora.core.codec import LARGEST_VALUE
 from mpifedlora.core.layout import copy_common
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.privacy import clip
 from mpifedlora.core.seeding import numpy_generator, torch_seed
 from mpifedlora.training.models import FederatedModel
 from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
-
-# What is larger is as good as infinite: products of such values overflow float32.
-LARGEST_VALUE = 1e15
 
 
 @dataclass(frozen=True)
@@ -80,29 +78,29 @@ def train_client(
         settings: of the run.
         plan: of the round.
         client_id: 0..num_clients-1.
-        values: (row_values,) float32 on the CPU, overwritten with what the client returns.
+        values: (row_values,) float32, overwritten with what the client returns; on the model's device it
+            is trained in place.
         memory: what the client kept from its last round.
     """
     start = model.start(plan, client_id, memory)
     reference = start.to(model.device)
     shared = plan.shared_layout(model.shapes, client_id)
     fits = shared == plan.trained_layout(model.shapes, client_id)
-    is_in_place = fits and model.device.type == "cpu"
+    is_in_place = fits and values.device == model.device
     flat = values[: start.numel()].copy_(reference) if is_in_place else reference.clone()
     drift = _drift(model, plan, client_id, memory, reference) if plan.has_variates else None
     losses, penalties = _steps(model, task, examples, settings, plan, client_id, flat, reference, drift)
     if settings.clip_norm is not None:
         _clip_update(flat, reference, settings.clip_norm)
-    own = flat.cpu()
     if not is_in_place:
         trained = plan.trained_layout(model.shapes, client_id)
-        copy_common(trained, own, shared, values[: shared.num_values])
-    kept = _personal(model, plan, client_id, own)
+        copy_common(trained, flat, shared, values[: shared.num_values])
+    kept = _personal(model, plan, client_id, flat)
     if drift is not None:
         change = drift.finish(reference, flat, len(losses) * plan.learning_rate)
         values[shared.num_values :].copy_(change)
         kept["variate"] = drift.own.cpu()
-    is_finite = bool((values.abs() < LARGEST_VALUE).all() and (own.abs() < LARGEST_VALUE).all())
+    is_finite = bool((values.abs() < LARGEST_VALUE).all() and (flat.abs() < LARGEST_VALUE).all())
     return LocalResult(len(losses), _mean(losses), _mean(penalties), is_finite, kept)
 
 
@@ -183,7 +181,7 @@ def _personal(model: FederatedModel, plan: RoundPlan, client_id: int, own: Tenso
         return {}
     layout = plan.personal_layout(model.shapes, client_id)
     trained = plan.trained_layout(model.shapes, client_id)
-    return {"personal": copy_common(trained, own, layout, torch.empty(layout.num_values))}
+    return {"personal": copy_common(trained, own, layout, torch.empty(layout.num_values)).cpu()}
 
 
 def _batches(

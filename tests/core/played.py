@@ -13,7 +13,8 @@ from core.played_worker import PlayedWorker, add_products, matrices
 from torch import Tensor
 
 from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.rounds import Coordinator, RoundReport
+from mpifedlora.core.report import RoundReport
+from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.server_optimizer import Moments
 from mpifedlora.core.wire import ClientUpdate
 

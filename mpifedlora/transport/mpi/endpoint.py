@@ -125,11 +125,15 @@ def pieces_of(buffer: npt.NDArray[np.generic]) -> Iterator[npt.NDArray[np.generi
 
 
 def as_bytes(tensor: Tensor) -> Bytes:
-    """See a flat tensor as bytes; numpy has no bfloat16, but any tensor has a one-byte view."""
+    """See a flat tensor as bytes; numpy has no bfloat16, but any tensor has a one-byte view.
+
+    On a GPU it is the view itself, whose address MPI is given.
+    """
     import torch
 
-    view: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
-    return view
+    view = tensor.reshape(-1).view(torch.uint8)
+    flat: Bytes = view if view.is_cuda else view.numpy()  # type: ignore[assignment]
+    return flat
 
 
 def wait(*requests: MPI.Request) -> None:

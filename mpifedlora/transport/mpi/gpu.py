@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 
 PROBE_TIMEOUT_S = 60
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "MPI_LOCAL")
 _KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_")
 
 
+@cache
 def is_gpu_aware() -> bool:
     """Say whether a small transfer between two buffers on a GPU works.
 

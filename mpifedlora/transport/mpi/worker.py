@@ -92,6 +92,7 @@ class MpiWorker(Endpoint):
             if order is Order.COMMIT:
                 self._ahead = received
         if order is Order.ROWS:
+            rows.settle(rows.buffer.numel())
             self.comm.Gatherv(self._units(as_bytes(rows.buffer)), None)
         if order is Order.SUM:
             for piece in pieces_of(rows.total.numpy()):
@@ -113,6 +114,7 @@ class MpiWorker(Endpoint):
     def _gather_part(self, rows: UpdateRows, part: Part) -> MPI.Request:
         from mpifedlora.core.wire import UNIT_BYTES, padded
 
+        rows.settle(part.uplink.stop)
         if len(rows) <= 1:
             span = as_bytes(rows.buffer)[part.uplink.start : part.uplink.stop]
             return self.comm.Igatherv(self._units(span), None)
