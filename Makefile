@@ -14,7 +14,7 @@ BIN := .venv/bin
 # Another environment that happens to be active does not count.
 unexport VIRTUAL_ENV PYTHONHOME
 
-.PHONY: help demo test lint types unit mpi data install clean
+.PHONY: help demo test lint types unit mpi bench data install clean
 
 ## demo     fine-tune MiniLM in a federation of eight clients: a server and four workers over MPI
 demo: data
@@ -46,6 +46,11 @@ unit: data
 mpi: data
 	@echo "== pytest over MPI: 1, 2, 3 and 5 processes"
 	@tests/run_mpi.sh
+
+## bench    quick forms of the benchmarks, about five minutes; warns where a ratio is worse than committed
+bench: data
+	@echo "== benchmarks: quick forms, results in runs/bench/"
+	@benchmarks/quick.sh runs/bench
 
 ## data     fetch the demo's data set and weights into the cache folder
 data: .venv/.installed

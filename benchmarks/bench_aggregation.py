@@ -61,8 +61,9 @@ INNERS = (8, 32, 64, 128, 256, 352, 384, 512, 704, 768, 1024)
 BATCHES = (((384, 384), 8, 24), ((384, 384), 32, 24), ((384, 384), 128, 24), ((1024, 1024), 128, 12))
 
 # In the cost model's unit, of which a slow core does about 1e11 a second: what costs more than ONCE is timed
-# once, and cold; a dense SVD or a reference above AFFORDABLE (QUICK in the quick run) is left out.
-ONCE, AFFORDABLE, QUICK = 4e10, 2.5e11, 8e10
+# once, and cold; a dense SVD or a reference above AFFORDABLE is left out. The quick run leaves out these
+# above ONCE, and layers above QUICK.
+ONCE, AFFORDABLE, QUICK = 8e10, 2.5e11, 4e10
 REPEATS = 3
 
 CHOSEN_BOUND = 1.2
@@ -200,12 +201,12 @@ def _sizes(shapes: Sequence[tuple[int, int]], quick: bool) -> list[Size]:
         is_known = shape[::-1] in shapes[:place]
         cohorts = CLIENTS[:-1] if quick or is_known else CLIENTS
         sizes += [Size(*shape, LORA_RANK * clients) for clients in cohorts]
-    return [size for size in sizes if size.best_cost <= ONCE] if quick else sizes
+    return [size for size in sizes if size.best_cost <= QUICK] if quick else sizes
 
 
 def _time_layer(report: common.Report, model: str, size: Size, product: Factors, quick: bool) -> Timing:
     is_largest = size == LARGEST_DENSE and not quick
-    times_dense = is_largest or _dense_cost(*size) <= (QUICK if quick else AFFORDABLE)
+    times_dense = is_largest or _dense_cost(*size) <= (ONCE if quick else AFFORDABLE)
     timing = time_ways(report, model, size, product, times_dense)
     label = f"{model} {size.shape}, {size.inner // LORA_RANK} clients"
     print(f"{label}: factored {timing.factored_s:.3g} s, dense {timing.dense_s:.3g} s", flush=True)
@@ -217,7 +218,7 @@ def _time_layer(report: common.Report, model: str, size: Size, product: Factors,
 
 def _error_over_best(report: common.Report, size: Size, product: Factors, quick: bool) -> list[float]:
     """Return the error of the result at LORA_RANK over the least possible; nothing without a reference."""
-    reference = _reference(size, product, QUICK if quick else AFFORDABLE)
+    reference = _reference(size, product, ONCE if quick else AFFORDABLE)
     if reference is None:
         return []
     error = math.sqrt(error_energy(product, factors_of(svd_of_product(product), 0, LORA_RANK)))

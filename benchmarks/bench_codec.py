@@ -1,9 +1,9 @@
-"""Measure the wire dtypes: bytes, and the speed of encoding and decoding against a copy of the float32 values.
+"""Measure the wire dtypes: their bytes, and how long encoding and decoding take against a copy of the values.
 
     python benchmarks/bench_codec.py --json benchmarks/results/bench_codec.json
 
-Each is timed in turn with the copy, in one thread. A wire dtype pays on networks below its break-even rate: the
-bytes that it saves over the seconds that it takes on both ends.
+Each is timed in turn with the copy, in one thread. A wire dtype pays on networks below its break-even rate:
+the bytes that it saves over the seconds that it takes on both ends.
 """
 
 from __future__ import annotations

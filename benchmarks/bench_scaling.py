@@ -290,7 +290,7 @@ def run(workers: Sequence[int], num_clients: int, *, quick: bool) -> tuple[list[
     if world.size < 2:
         raise click.UsageError("scaling needs at least 2 processes, got 1; start it with benchmarks/run.sh")
     chosen = list(workers) or [2**power for power in range((world.size - 1).bit_length())]
-    sizes = [1 + num_workers for num_workers in chosen if num_workers < world.size]
+    sizes = [1 + num_workers for num_workers in sorted(set(chosen)) if num_workers < world.size]
     points = []
     for size, comm in federation.groups(world, sizes):
         if comm is not None:

@@ -1,9 +1,12 @@
 """Whole federations on a communicator, each made once, and what they leave behind."""
 
+import atexit
+import shutil
 import tempfile
 from pathlib import Path
 
 import support
+import torch
 from safetensors.torch import load_file
 
 from mpifedlora.io.results import read_results
@@ -24,6 +27,7 @@ def shared_folder():
     made = tempfile.mkdtemp(prefix="mpifedlora-") if world.rank == 0 else None
     shared = Path(world.bcast(made))
     if world.rank == 0:
+        atexit.register(shutil.rmtree, shared, ignore_errors=True)
         support.make_run_file(shared)
     world.Barrier()
     return shared
@@ -52,15 +56,42 @@ def contents(out):
     return found
 
 
-def assert_same_bits(folder, name, settings, comm):
-    """Run on the communicator and on one process alone, and compare everything but times."""
+def assert_same_bits(folder, name, settings, comm, like=None):
+    """Compare everything but times with a run on one process alone.
+
+    Args:
+        folder: of the run file.
+        name: of the run.
+        settings: of the run.
+        comm: that it is made on.
+        like: name and settings of the run on one process; by default the same.
+    """
     from mpi4py import MPI
 
     out = federate(folder, name, settings, comm)
-    if comm.rank == 0 and comm.size > 1:
-        found, wanted = contents(out), contents(federate(folder, name, settings, MPI.COMM_SELF))
+    if comm.rank == 0 and (comm.size > 1 or like):
+        found, wanted = contents(out), contents(federate(folder, *(like or (name, settings)), MPI.COMM_SELF))
         assert found.keys() == wanted.keys()
         assert [key for key in found if found[key] != wanted[key]] == []
+
+
+def assert_close(out, other):
+    """Compare the weights that two runs leave behind, up to what the order of a sum may change."""
+    found, wanted = weights(out), weights(other)
+    assert found.keys() == wanted.keys() != set()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def weights(out):
+    """Return what a run has trained, by name: products of factors, whose basis means nothing, and the rest."""
+    stored = {}
+    for file in sorted(out.rglob("*_model/*.safetensors")) + sorted(out.rglob("adapter/*.safetensors")):
+        stored |= load_file(file)
+    products = {
+        name: stored[name.replace("lora_A", "lora_B")] @ a for name, a in stored.items() if "lora_A" in name
+    }
+    return products | {name: weight for name, weight in stored.items() if "lora_" not in name}
 
 
 def values_of(hidden=32, inner=64, num_layers=2, num_labels=3):

@@ -20,7 +20,7 @@ from mpifedlora.core.layout import (
 )
 from mpifedlora.core.plan import RoundPlan, Segments
 from mpifedlora.core.server_optimizer import CutMap
-from mpifedlora.core.wire import WireFormat
+from mpifedlora.core.wire import WireFormat, padded
 
 FROZEN, STATE = Segments._fields.index("frozen"), Segments._fields.index("state")
 
@@ -48,9 +48,18 @@ class Opening(NamedTuple):
     wire: Tensor
 
 
-def prepare(shapes: ModelShapes, plan: RoundPlan, wire: WireFormat) -> Opening:
-    """Return an opening with empty buffers."""
-    buffer = wire.message_buffer(plan, shapes)
+def prepare(shapes: ModelShapes, plan: RoundPlan, wire: WireFormat, spare: Tensor | None = None) -> Opening:
+    """Return an opening whose buffers are still to be written.
+
+    Args:
+        shapes: of the model.
+        plan: of the round.
+        wire: dtypes.
+        spare: buffer of an older message, used again if it fits: new memory costs more than a copy.
+    """
+    buffer = spare
+    if buffer is None or buffer.numel() != padded(wire.message_bytes(plan, shapes)):
+        buffer = wire.message_buffer(plan, shapes)
     if wire.downlink == "float32":
         message = wire.as_message(plan, shapes, buffer)
     else:

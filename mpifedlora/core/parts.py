@@ -19,6 +19,7 @@ LARGEST_PART_BYTES, LEAST_PART_BYTES = 2**20, 2**18
 IN_FLIGHT = 2
 """Parts that the server takes in at a time: more of them leave the cache. See benchmarks/README.md."""
 _CACHE_BYTES = 2**23
+_LEAST_ROW_BYTES = 2**23
 
 
 class Span(NamedTuple):
@@ -40,6 +41,7 @@ class Part(NamedTuple):
         first: first piece of the layouts.
         last: piece behind the last.
         begins: where the part's values begin in a row, in bytes.
+        num_bytes: of the part's values.
         uplink: what is sent of every row: the units that hold the part.
         downlink: what is complete of the next message, in up to two spans.
     """
@@ -47,8 +49,15 @@ class Part(NamedTuple):
     first: int
     last: int
     begins: int
+    num_bytes: int
     uplink: Span
     downlink: tuple[Span, ...]
+
+
+def pays(plan: RoundPlan, shapes: ModelShapes, wire: WireFormat) -> bool:
+    """Say whether parts are worth their bookkeeping: a mean of small rows is done before it could hide."""
+    has_svd = plan.scope != "full" and not plan.keeps_b
+    return has_svd or wire.row_bytes(plan, shapes) >= _LEAST_ROW_BYTES
 
 
 def largest_module_bytes(plan: RoundPlan, shapes: ModelShapes, wire: WireFormat) -> int:
@@ -79,9 +88,14 @@ def parts_of(
     offsets = [0, *itertools.accumulate(sizes)]
     spans = _downlink_spans(following, shapes, wire, borders)
     return [
-        Part(first, last, offsets[first], _outward(offsets[first], offsets[last]), downlink)
+        _part(first, last, offsets, downlink)
         for (first, last), downlink in zip(itertools.pairwise(borders), spans, strict=True)
     ]
+
+
+def _part(first: int, last: int, offsets: Sequence[int], downlink: tuple[Span, ...]) -> Part:
+    begins, ends = offsets[first], offsets[last]
+    return Part(first, last, begins, ends - begins, _outward(begins, ends), downlink)
 
 
 def _cached_bytes(num_rows: int) -> int:

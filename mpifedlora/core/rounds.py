@@ -74,6 +74,7 @@ class Coordinator:
         self.message = self.state[:0]
         self.wire = self.message.view(torch.uint8)  # of the message, as it is sent
         self._lost: Lost | None = None
+        self.spare: Tensor | None = None  # buffer of a message that nobody reads any more
 
     @property
     def _no_ranks(self) -> tuple[int, ...]:
@@ -263,9 +264,10 @@ class Coordinator:
         flat = advance(self.state, values, weights, torch.empty_like(self.state))
         num_body = self.shapes.base().num_values
         parts = opening.plan.split(self.shapes, opening.message)
-        self.body = parts.base.copy_(flat[:num_body])
+        parts.base.copy_(flat[:num_body])
         opening.state.copy_(self._fresh(opening.plan, flat[num_body:]))
         self._open(complete(self.shapes, opening, None))
+        self.body = parts.base.clone()
 
     def _fresh(self, plan: RoundPlan, head: Tensor) -> Tensor:
         return initial_adapter(self.shapes, plan.lora_ranks, head, self.seed, plan.round_num)
@@ -335,7 +337,8 @@ class Coordinator:
         return replace(plan, sends_state=True, sends_parts=parts, mapped_ranks=mapped)
 
     def _prepare(self, plan: RoundPlan) -> Opening:
-        return prepare(self.shapes, plan, self.switches.wire)
+        spare, self.spare = self.spare, None
+        return prepare(self.shapes, plan, self.switches.wire, spare)
 
     def _open(self, opening: Opening) -> None:
         self._enter(opening, round_message(self.shapes, opening, self.switches.wire, self._lost))

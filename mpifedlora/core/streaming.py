@@ -8,10 +8,12 @@ same values in the same order: the bits do not depend on the parts.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mpifedlora.core.aggregation import ModuleAggregate, decompose, normalise, weighted_mean
@@ -90,6 +92,7 @@ class RoundStream:
         segments = opening.plan.segments(shapes)
         self._before = _Pieces(combination.plan.layout(shapes))
         self._after, self._sent = _Pieces(opening.plan.layout(shapes)), _Pieces(segments.state)
+        self._is_sent_as_it_is = not is_rounded and self._sent.layout == self._after.layout
         self._flats = opening.plan.split(shapes, opening.message)
         self._frozen_factors = segments.frozen.factors(self._flats.frozen)
         if combination.plan.keeps_head:  # it is in no row
@@ -113,54 +116,64 @@ class RoundStream:
             rows: by client id, the bytes of the part's uplink span.
             breathe: called between modules, so that the wire goes on.
         """
-        piece = self._piece(part)
-        received = self._received(piece, part, rows)
-        own, span = self._after.of(part)
-        state = self.opening.state[span]
-        if piece.plan.scope == "full":
-            updates = [one.values for one in received]
-            values = piece.flat_update.advance(piece.state, updates, self.admitted.weights, state)
-            is_mean = piece.switches.combiner is weighted_mean
-            self._check(received, values if is_mean else None)
+        if self.combination.plan.scope == "full":
+            self._take_values(part, rows)
         else:
-            self._check(received, None)
-            values = (
-                self.opening.state[:0] if self.refused else piece.next_values(received, self.admitted.weights)
-            )
-        if self.refused:
+            self._take_factors(part, rows, breathe)
+
+    def _take_values(self, part: Part, rows: dict[int, Tensor]) -> None:
+        whole, (own, span) = self.combination, self._after.of(part)
+        wire, reference, state = whole.switches.wire, whole.state[span], self.opening.state[span]
+        used = {
+            header.client_id: self._own_bytes(part, rows[header.client_id]) for header in self.admitted.used
+        }
+        if wire.uplink == "float32":
+            values = {client_id: row.view(torch.float32) for client_id, row in used.items()}
+        else:
+            values = {client_id: wire.decode_update(own, row, reference) for client_id, row in used.items()}
+        mean = whole.flat_update.advance(reference, list(values.values()), self.admitted.weights, state)
+        is_mean = whole.switches.combiner is weighted_mean
+        if self._is_sound(values, mean if is_mean else None):
+            self._send(part, own, state, [])
+
+    def _take_factors(self, part: Part, rows: dict[int, Tensor], breathe: Callable[[], None]) -> None:
+        piece = self._piece(part)
+        own, span = self._after.of(part)
+        pairs = ((header, self._own_bytes(part, rows[header.client_id])) for header in self.admitted.used)
+        received = [piece.contribution(piece.update(header, row)) for header, row in pairs]
+        if not self._is_sound({one.update.client_id: one.values for one in received}):
             return
+        values, state = piece.next_values(received, self.admitted.weights), self.opening.state[span]
         aggregates = self._cut(piece, part, values, received, breathe)
         if aggregates:
             whole = piece.plan.layout(piece.shapes).whole_values(values)
             write_state(own, state, [one.active for one in aggregates], whole)
-        elif values is not state:
+        else:
             state.copy_(values)
         self.aggregates += aggregates
         self._send(part, own, state, aggregates)
 
-    def _check(self, received: Sequence[Contribution], mean: Tensor | None) -> None:
-        """Find updates that are not finite, whatever their headers say; a finite mean says that none is."""
-        if mean is None or not mean.sum().isfinite():
-            self.refused |= {one.update.client_id for one in received if not one.values.sum().isfinite()}
+    def _own_bytes(self, part: Part, row: Tensor) -> Tensor:
+        begins = part.begins - part.uplink.start
+        return row[begins : begins + part.num_bytes]
+
+    def _is_sound(self, values: dict[int, Tensor], mean: Tensor | None = None) -> bool:
+        """Say whether all updates so far are finite, whatever their headers say; a finite mean says so."""
+        if mean is None or not math.isfinite(mean.sum()):
+            self.refused |= {client for client, one in values.items() if not math.isfinite(one.sum())}
+        return not self.refused
 
     def _piece(self, part: Part) -> Combination:
         whole = self.combination
         own, span = self._before.of(part)
-        is_full = whole.plan.scope == "full"
-        shapes = ModelShapes((), (), own.whole) if is_full else ModelShapes(own.modules, own.whole, ())
         plan = replace(
             whole.plan,
             lora_ranks=whole.plan.lora_ranks[part.first : part.last],
             frozen_ranks=whole.plan.frozen_ranks[part.first : part.last],
             mapped_ranks=(),
         )
+        shapes = ModelShapes(own.modules, own.whole, ())
         return replace(whole, shapes=shapes, plan=plan, state=whole.state[span])
-
-    def _received(self, piece: Combination, part: Part, rows: dict[int, Tensor]) -> list[Contribution]:
-        begins = part.begins - part.uplink.start
-        ends = begins + piece.switches.wire.row_bytes(piece.plan, piece.shapes)
-        pairs = ((header, rows[header.client_id][begins:ends]) for header in self.admitted.used)
-        return [piece.contribution(piece.update(header, row)) for header, row in pairs]
 
     def _cut(
         self,
@@ -170,7 +183,7 @@ class RoundStream:
         received: Sequence[Contribution],
         breathe: Callable[[], None],
     ) -> list[ModuleAggregate]:
-        if piece.plan.scope == "full" or piece.plan.keeps_b:
+        if piece.plan.keeps_b:
             return []
         active = self.opening.plan.lora_ranks[part.first : part.last]
         kept = piece.plan.lora_ranks if piece.switches.freezes else active
@@ -186,6 +199,8 @@ class RoundStream:
     def _send(
         self, part: Part, own: AdapterLayout, state: Tensor, aggregates: Sequence[ModuleAggregate]
     ) -> None:
+        if not aggregates and self._is_sent_as_it_is:
+            return
         sent, span = self._sent.of(part)
         is_apart = self._sent.layout != self._after.layout  # then the state does not lie in the message
         if is_apart:

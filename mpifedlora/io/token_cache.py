@@ -1,8 +1,8 @@
 """Tokens of texts, made once and kept as memory-mapped files in the cache folder.
 
-A file is an .npy array of int32: the CRC-32 of what follows, the number of tokens of each text, and all
-tokens. Its name is a digest of everything that the tokens depend on, so it is never out of date, and
-processes that share the folder share the file, and on one node its pages.
+A file is an .npy array of int32: a CRC-32 of its name and of what follows, the number of tokens of each
+text, and all tokens. Its name is a digest of everything that the tokens depend on, so it is never out of
+date. Processes that share the folder share the file, and on one node its pages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +73,7 @@ def _written(path: Path, made: Tokens) -> Tokens | None:
     if (found := _read(path, len(lengths))) is None:
         body = np.concatenate([lengths.astype("<i4"), tokens.astype("<i4")])
         content = io.BytesIO()
-        np.save(content, np.concatenate([_checksum(body), body]))
+        np.save(content, np.concatenate([_checksum(path, body), body]))
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, content.getvalue())
@@ -84,16 +85,17 @@ def _read(path: Path, num_texts: int) -> Tokens | None:
     """Map a file; None if it is missing or not as it was written."""
     try:
         values = np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TokenError):  # the last from a header that is no Python literal
         return None
     if values.dtype != np.dtype("<i4") or values.ndim != 1 or len(values) <= num_texts:
         return None
-    if values[0] != _checksum(values[1:]):
+    if values[0] != _checksum(path, values[1:]):
         return None
     lengths = values[1 : 1 + num_texts].astype(np.int64)
     return values[1 + num_texts :], lengths
 
 
-def _checksum(body: Int32) -> Int32:
-    # One pass over the file: a hundredth of what the digest of its texts has taken.
-    return np.array([zlib.crc32(body)], "<u4").view("<i4")
+def _checksum(path: Path, body: Int32) -> Int32:
+    # The name goes in, so that no file passes for another. It is one pass over the file: a small part of
+    # what the digest of its texts has taken.
+    return np.array([zlib.crc32(body.data, zlib.crc32(path.name.encode()))], "<u4").view("<i4")

@@ -14,6 +14,7 @@ from torch import Tensor
 from mpifedlora.core.allocation import uniform
 from mpifedlora.core.ledger import Ledger, Traffic, count_uplink, fixed_traffic
 from mpifedlora.core.metrics import Metrics
+from mpifedlora.core.parts import pays
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.report import RoundReport
 from mpifedlora.core.rounds import Coordinator
@@ -149,7 +150,9 @@ class Server:
     def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
         headers = self.transport.collect_headers(plan)
         watch.lap("wait_s")
+        received = self.coordinator.wire
         report, aggregate_s = self._finish(plan, headers)
+        self.coordinator.spare = received  # what was sent is trained on: its buffer is free
         watch.seconds["aggregate_s"] = aggregate_s
         watch.seconds["collect_s"] = watch.lap("finish_s") - aggregate_s
         shapes = self.coordinator.shapes
@@ -177,7 +180,8 @@ class Server:
             total = torch.empty(plan.shared_layout(coordinator.shapes).num_values, dtype=self.reduce_dtype)
             self.transport.collect_sum(total)
             return _timed(lambda: coordinator.finish_sum(headers, total))
-        if headers and self.pipelines and coordinator.streams:
+        is_worth_it = self.part_bytes is not None or pays(plan, coordinator.shapes, coordinator.switches.wire)
+        if headers and self.pipelines and coordinator.streams and is_worth_it:
             return self._stream(plan, headers)
         updates = coordinator.updates(headers, self.transport.collect_rows(plan) if headers else [])
         return _timed(lambda: coordinator.finish(updates, self._judge if coordinator.needs_judge else None))
@@ -266,10 +270,6 @@ class Server:
             full_model_values=full.values,
             fixed_rank_values=fixed.values,
         )
-
-
-def _without(header: UpdateHeader, refused: set[int]) -> UpdateHeader:
-    return replace(header, is_finite=False) if header.client_id in refused else header
 
 
 def _timed(finish: Callable[[], RoundReport]) -> tuple[RoundReport, float]:

@@ -1,8 +1,8 @@
 """PEFT's LoRA layer for linear layers, with frozen weight and adapter as one step of autograd.
 
-PEFT computes `base(x) + B(A(x)) * scaling` as separate steps, which write and read whole activations
-several times more: a product, a scaled copy and a sum in the forward pass, two gradients of x and their sum in
-the backward pass. Here both add to one result in place.
+PEFT computes `base(x) + B(A(x)) * scaling` as separate steps, each of which writes a whole activation: a
+product, a scaled copy and a sum in the forward pass, two gradients of x and their sum in the backward
+pass. Here the adapter's part is added in place.
 """
 
 from __future__ import annotations
@@ -20,30 +20,27 @@ class FusedLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return (..., out_features) of x (..., in_features)."""
-        dtype = _compute_dtype(x)
-        if args or kwargs or not self._is_plain(x, dtype):
+        device = x.device.type
+        is_mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_mixed else x.dtype
+        if args or kwargs or not self._is_plain() or not (is_mixed or self._is_all(dtype)):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         (adapter,), base = self.active_adapters, self.base_layer
         parts = (x, base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
         cast = (None if part is None else part.to(dtype) for part in parts)
-        fused: Tensor = _Fused.apply(*cast, self.scaling[adapter])
+        fused: Tensor = _Fused.apply(*cast, self.scaling[adapter])  # type: ignore[no-untyped-call]
         return fused
 
-    def _is_plain(self, x: Tensor, dtype: torch.dtype) -> bool:
+    def _is_plain(self) -> bool:
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
         (adapter,) = self.active_adapters
-        is_dropped = self.training and getattr(self.lora_dropout[adapter], "p", 0.0) > 0
-        return not is_dropped and (torch.is_autocast_enabled(x.device.type) or self._has_dtype(dtype, adapter))
+        return not (self.training and getattr(self.lora_dropout[adapter], "p", 0.0) > 0)
 
-    def _has_dtype(self, dtype: torch.dtype, adapter: str) -> bool:
-        return self.base_layer.weight.dtype == self.lora_A[adapter].weight.dtype == dtype
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    def _is_all(self, dtype: torch.dtype) -> bool:
+        (adapter,) = self.active_adapters
+        return {self.base_layer.weight.dtype, self.lora_A[adapter].weight.dtype} == {dtype}
 
 
 class _Fused(torch.autograd.Function):
@@ -69,7 +66,7 @@ class _Fused(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, a, b, rows, low = ctx.saved_tensors
         grad_out = grad.reshape(-1, grad.shape[-1])

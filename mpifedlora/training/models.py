@@ -26,6 +26,7 @@ from mpifedlora.core.layout import (
 )
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.server_optimizer import CutMap, carry_variate
+from mpifedlora.errors import ConfigError
 from mpifedlora.training.base import BaseModel, check_modules
 from mpifedlora.training.lora_layers import (
     ACTIVE,
@@ -101,6 +102,7 @@ class FederatedModel:
         self._folds = all(layer.base_layer.weight.dtype == torch.float32 for layer in self._layers)
         self._frozen: list[list[Factors]] = [[] for _ in self._layers]
         self._is_full = False
+        self._compiled: Any = None
         self._first_head = _flat(self._head)
         self.seed = seed
         self.state = torch.empty(0)  # of the global model, as last received
@@ -274,8 +276,28 @@ class FederatedModel:
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Return logits (examples, num_labels)."""
-        logits: Tensor = self.peft_model(**batch).logits
+        is_compiled = self._compiled is not None and self.peft_model.training
+        logits: Tensor = (self._compiled if is_compiled else self.peft_model)(**batch).logits
         return logits
+
+    def compile(self) -> None:
+        """Compile the passes of training, when they are first made and again for every other rank.
+
+        After eight ranks (torch's `recompile_limit`) the others run as they are.
+
+        Raises:
+            ConfigError: if torch cannot compile on this process's device.
+        """
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
+        # A missing compiler, a missing package and a wrong driver come as any kind of error.
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"training.compile = true needs a compiler that torch can use, got {reason} ({self.device}); "
+                "install g++ (and triton for a GPU), or set training.compile = false"
+            ) from error
+        self._compiled = torch.compile(self.peft_model, dynamic=True)
 
     def train(self, is_training: bool) -> None:
         """Switch dropout on or off."""

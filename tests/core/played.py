@@ -72,6 +72,8 @@ class Played:
         return self.next_plan.lora_ranks != self.plan.lora_ranks
 
 
+JUNK = 0xEE  # of a buffer that is free: as a float32, a large one
+
 Spoil = Callable[[int, list[ClientUpdate]], list[ClientUpdate]]
 Judge = Callable[[PlayedWorker, RoundPlan, Tensor], float]
 
@@ -96,13 +98,14 @@ def play(
         if round_num > 1:
             coordinator.note(accuracy(round_num))
         updates = spoil(round_num, [worker.train(client_id) for client_id in worker.plan.cohort])
-        sent = worker.twin()
+        sent, received = worker.twin(), coordinator.wire
         headers, rows = worker.send(updates)
         if sent.plan.reduces:
             report = coordinator.finish_sum(headers, rows.total)
         else:
             updates = coordinator.updates(headers, [rows.wire(index) for index in range(len(rows))])
             report = coordinator.finish(updates, None if judge is None else partial(judge, sent))
+        coordinator.spare = received.fill_(JUNK)
         worker.read(coordinator.plan(), coordinator.wire)
         after = _snapshot(coordinator)
         history.append(Played(case, sent, updates, report, after, worker.twin(), worker.message))
@@ -112,6 +115,8 @@ def play(
 def _snapshot(coordinator: Coordinator) -> Coordinator:
     """A copy without what later rounds change in place."""
     after, update = copy(coordinator), copy(coordinator.flat_update)
+    for name in ("state", "message", "wire"):
+        setattr(after, name, getattr(after, name).clone())
     after.frozen = [list(kept) for kept in after.frozen]
     after.variate = None if after.variate is None else after.variate.clone()
     if update.moments is not None:

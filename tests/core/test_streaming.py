@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from core.cases import (
     BOUND_CASES,
     CASES,
     CLIENT_RANK_CASES,
-    ELIGIBLE,
     FULL,
     KRUM_CASES,
     NUM_ROUNDS,
@@ -35,7 +33,6 @@ from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import NOT_CHOSEN, NOT_FINITE, USED, Screening
 from mpifedlora.core.server_update import FlatUpdate
 from mpifedlora.core.streaming import RoundStream, admit
-from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import ClientUpdate, UpdateHeader, UpdateRows
 
 APART = [
@@ -66,16 +63,20 @@ SOME = [
     Case(probability=0.25, seed=1),
 ]
 DTYPES = [("bfloat16", "int8"), ("int8", "bfloat16"), ("float16", "float16"), ("float32", "int8")]
-ROUNDED = [replace(case, uplink=up, downlink=down) for case in SOME for up, down in DTYPES]
+ROUNDED = [
+    replace(case, uplink=DTYPES[index % 4][0], downlink=DTYPES[index % 4][1])
+    for index, case in enumerate(SOME * 2)
+]
 LASTING = [Case("factors"), Case("factors", False, cohort_size=3), B_ONLY, FULL]
 FED_BACK = [
     replace(case, uplink=up, downlink=down, has_feedback=True)
     for case in LASTING
-    for up, down in [("int8", "int8"), ("float32", "bfloat16"), ("float16", "float32")]
+    for up, down in [("int8", "int8"), ("float16", "bfloat16")]
 ]
 ALONE, ALL_IN_ONE = 1, None
-PART_BYTES = (ALONE, 150, 400, ALL_IN_ONE)
+PART_BYTES = (ALONE, 300, ALL_IN_ONE)
 JUNK = 0xEE
+INSIDE = ("switches", "combiner", "spare")  # of a coordinator, what is not compared
 
 
 # The server's and the workers' side of a stream.
@@ -105,7 +106,7 @@ def take_all(
 
 @dataclass(frozen=True)
 class Arrived:
-    """A round's updates, and who takes them in: one coordinator whole, the others by parts of a size."""
+    """A round's updates, and who takes them in: one coordinator whole, the others in parts."""
 
     whole: Coordinator
     by_parts: dict[int | None, Coordinator]
@@ -133,7 +134,10 @@ def rounds_of(case: Case, hidden: Sequence[int] = ()) -> Iterator[Arrived]:
                 coordinator.note(0.9 if round_num < 7 else 0.1)
         updates = [spoilt(one, hidden) for one in map(worker.train, worker.plan.cohort)]
         headers, rows = worker.send(updates[::-1])
+        received = {part_bytes: coordinator.wire for part_bytes, coordinator in by_parts.items()}
         yield Arrived(whole, by_parts, headers, rows)
+        for part_bytes, coordinator in by_parts.items():
+            coordinator.spare = received[part_bytes].fill_(JUNK)
 
 
 def spoilt(update: ClientUpdate, hidden: Sequence[int]) -> ClientUpdate:
@@ -165,7 +169,7 @@ def assert_same(one: Any, other: Any, name: str = "") -> None:
 
 
 def held_by(holder: Any) -> dict[str, Any]:
-    held = {name: value for name, value in vars(holder).items() if name not in ("switches", "combiner")}
+    held = {name: value for name, value in vars(holder).items() if name not in INSIDE}
     if isinstance(holder, Coordinator):
         size = message_bytes(holder)
         assert len(held["wire"]) == -(-size // 64) * 64
@@ -193,11 +197,12 @@ def finish(coordinator: Coordinator, arrived: Arrived) -> RoundReport:
 
 @over([*LOCAL, *ROUNDED, *FED_BACK])
 def test_parts_and_whole_give_the_same_bits(case: Case) -> None:
-    num_streamed = 0
-    for arrived in rounds_of(case):
+    opens = case.initiating == "full" != case.scope
+    for round_num, arrived in enumerate(rounds_of(case), start=1):
+        everybody = (arrived.whole, *arrived.by_parts.values())
+        assert {coordinator.streams for coordinator in everybody} == {not (opens and round_num == 2)}
         if not arrived.whole.streams:
-            assert not any(coordinator.streams for coordinator in arrived.by_parts.values())
-            for coordinator in (arrived.whole, *arrived.by_parts.values()):
+            for coordinator in everybody:
                 finish(coordinator, arrived)
             continue
         streams = {}
@@ -209,6 +214,115 @@ def test_parts_and_whole_give_the_same_bits(case: Case) -> None:
             stream, sent = streams[part_bytes]
             assert facts(coordinator.commit(stream)) == facts(report)
             assert_same(coordinator, arrived.whole)
-            assert_same(sent[: message_bytes(coordinator)], coordinator.wire[: message_bytes(coordinator)])
-        num_streamed += 1
-    assert num_streamed == NUM_ROUNDS - (case.initiating == "full" != case.scope)
+            size = message_bytes(coordinator)
+            assert_same(sent[:size], coordinator.wire[:size])
+
+
+@pytest.mark.parametrize("part_bytes", PART_BYTES)
+@over(SOME[:6])
+def test_rounds_have_the_parts_that_they_are_asked_for(case: Case, part_bytes: int | None) -> None:
+    coordinator = case.coordinator()
+    stream = coordinator.stream([], part_bytes)
+    num_pieces = len(coordinator.next_plan.shared_layout(SHAPES).piece_values)
+    wanted = {ALONE: range(num_pieces, num_pieces + 1), ALL_IN_ONE: range(1, 2)}
+    assert len(stream.parts) in wanted.get(part_bytes, range(2, num_pieces))
+
+
+@over(APART)
+def test_what_needs_whole_updates_is_not_taken_in_parts(case: Case) -> None:
+    assert not case.coordinator().streams
+
+
+@over([Case("factors"), B_ONLY, FULL])
+def test_sums_are_not_taken_in_parts(case: Case) -> None:
+    assert case.coordinator().streams
+    assert not replace(case, reduces=True).coordinator().streams
+
+
+# Updates that are not finite, although their headers say so.
+
+
+@over([*SOME, *ROUNDED[:4]])
+def test_a_hidden_update_is_named_and_the_others_go_on_without_it(case: Case) -> None:
+    num_refused, hidden = 0, (4, 1)
+    for arrived in rounds_of(case, hidden):
+        if not arrived.whole.streams:
+            for coordinator in (arrived.whole, *arrived.by_parts.values()):
+                finish(coordinator, arrived)
+            continue
+        streams, bad = {}, set(hidden) & set(arrived.plan.cohort)
+        told = [replace(one, is_finite=one.client_id not in bad) for one in arrived.headers]
+        for part_bytes, coordinator in arrived.by_parts.items():
+            stream, _ = take_all(coordinator, arrived.headers, arrived.rows, part_bytes)
+            assert stream.refused == bad
+            assert_same(coordinator, arrived.whole)
+            streams[part_bytes], _ = take_all(coordinator, told, arrived.rows, part_bytes)
+            assert not streams[part_bytes].refused
+        report = finish(arrived.whole, arrived)
+        assert {one for one, outcome in report.outcomes.items() if outcome == NOT_FINITE} == bad
+        for part_bytes, coordinator in arrived.by_parts.items():
+            assert facts(coordinator.commit(streams[part_bytes])) == facts(report)
+            assert_same(coordinator, arrived.whole)
+        num_refused += len(bad)
+    assert num_refused
+
+
+# Who takes part by the headers alone.
+
+
+def header(client_id: int, *, is_finite: bool = True) -> UpdateHeader:
+    return UpdateHeader(client_id, 10 * client_id + 10, 1, 0.0, 0.0, 0.0, is_finite)
+
+
+def admitted(case: Case, headers: Sequence[UpdateHeader], least: int = 0) -> Any:
+    switches = replace(case.coordinator().switches, screening=Screening(least=least))
+    return admit(switches, headers)
+
+
+def test_headers_are_taken_in_client_order_and_weighed() -> None:
+    headers = [header(3), header(0), header(2, is_finite=False), header(1)]
+    used, outcomes, weights = admitted(Case(), headers)
+    assert [one.client_id for one in used] == [0, 1, 3]
+    assert list(outcomes.items()) == [(0, USED), (1, USED), (2, NOT_FINITE), (3, USED)]
+    assert weights == [10 / 70, 20 / 70, 40 / 70]
+    assert admitted(Case(weights="equal"), headers).weights == [1 / 3] * 3
+
+
+def test_too_few_are_none() -> None:
+    headers = [header(0), header(1), header(2, is_finite=False)]
+    assert admitted(Case(), headers, 2).used == headers[:2]
+    outcomes = {0: NOT_CHOSEN, 1: NOT_CHOSEN, 2: NOT_FINITE}
+    assert admitted(Case(), headers, 3) == ([], outcomes, [])
+    assert admitted(Case(), []) == ([], {}, [])
+
+
+# What the workers are told.
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_stream_announces_the_next_plan(evaluates: bool) -> None:
+    for arrived in rounds_of(Case()):
+        stream, _ = take_all(arrived.whole, arrived.headers, arrived.rows, 1, evaluates=evaluates)
+        arrived.whole.commit(stream)
+        assert stream.announced == arrived.whole.plan(evaluates=evaluates)
+        assert any(part.downlink for part in stream.parts)
+
+
+def test_a_stream_that_stops_sends_nothing_and_finishes_the_round() -> None:
+    for arrived in rounds_of(Case(downlink="bfloat16")):
+        stream, _ = take_all(arrived.whole, arrived.headers, arrived.rows, 1, stops=True, evaluates=True)
+        assert not any(part.downlink for part in stream.parts)
+        arrived.whole.commit(stream)
+        assert stream.announced == arrived.whole.plan().stopped()
+        stepped = arrived.by_parts[ALONE]
+        finish(stepped, arrived)
+        assert_same(stepped, arrived.whole)
+
+
+@over([Case(), FULL])
+def test_the_wire_goes_on_after_each_module(case: Case) -> None:
+    arrived, calls = next(rounds_of(case)), []
+    stream = arrived.whole.stream(arrived.headers, ALL_IN_ONE)
+    rows = {one.client_id: arrived.rows.wire(index) for index, one in enumerate(arrived.headers)}
+    stream.take(stream.parts[0], rows, lambda: calls.append(len(calls)))
+    assert len(calls) == (0 if case.scope == "full" else len(SHAPES.modules))

@@ -9,17 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from mpifedlora.core.codec import encode, num_bytes
 from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
-from mpifedlora.core.plan import ABSENT, HEADER_BYTES, RoundPlan
+from mpifedlora.core.plan import ABSENT, RoundPlan
 from mpifedlora.core.wire import (
     ClientUpdate,
+    SummedRows,
+    UpdateHeader,
     UpdateRows,
+    WireFormat,
+    broadcast_values,
     fitting_rows,
+    padded,
     ranks_digest,
-    read_rows,
-    row_sizes,
-    row_stride,
+    read_headers,
 )
 from mpifedlora.errors import ProtocolError
 
@@ -30,107 +35,135 @@ SHAPES = ModelShapes(
     (TensorShape("q.weight", (5, 4)), TensorShape("v.weight", (3, 6)), TensorShape("bias", (7,))),
 )
 PLAN = RoundPlan(3, "annealing", "adapter", (4, 3), (1, 0), (0, 1, ABSENT, 0), sends_state=True)
-# Clients 3, 0 and 4 on workers 0, 2 and 2; nobody on worker 1. A row is 18 r + 6 values, twice.
-MIXED = replace(
-    PLAN,
-    lora_ranks=(3, 3),
-    workers=(2, ABSENT, ABSENT, 0, 2),
-    client_ranks=(1, 9, 9, 2, 9),
-    has_variates=True,
-)
+# A row is 18 r + 6 values, of rank 1 for client 0 and of rank 2 for client 3.
+MIXED = replace(PLAN, lora_ranks=(3, 3), client_ranks=(1, 9, 9, 2))
 FLOATS = st.floats(allow_nan=False)
 COUNTS = st.integers(0, 2**31 - 1)
-ROW_SIZES = st.lists(st.integers(0, 40), max_size=6)
+ROW_SIZES = st.lists(st.integers(0, 200), max_size=6)
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+ROUNDED = DTYPES[1:]
 
 
-def update(client_id: int = 1, num_values: int = 69) -> ClientUpdate:
-    return ClientUpdate(client_id, 2**40, 5, 0.7, 0.01, 1.5, True, torch.zeros(num_values))
+def header(client_id: int = 1, *, is_finite: bool = True) -> UpdateHeader:
+    return UpdateHeader(client_id, 2**40, 5, 0.7, 0.01, 1.5, is_finite)
 
 
-def written(plan: RoundPlan = PLAN) -> UpdateRows:
-    rows = UpdateRows([69, 69])
-    for index in range(2):
-        update(index).write_header(rows, index, plan)
+def written(plan: RoundPlan = PLAN, sizes: Sequence[int] = (276, 276)) -> UpdateRows:
+    rows = UpdateRows(sizes)
+    for index in range(len(sizes)):
+        header(index).write(rows, index, plan)
     return rows
 
 
-def starts(sizes: Sequence[int]) -> list[int]:
-    """Where each row starts, and the end: header and values, up to the next multiple of 64."""
-    places = [0]
-    for num_values in sizes:
-        end = places[-1] + 128 + 4 * num_values
-        places.append(end + -end % 64)
-    return places
+def random_values(num_values: int, seed: int = 0) -> Tensor:
+    return torch.randn(num_values, generator=torch.Generator().manual_seed(seed))
 
 
 # Rows.
 
 
 @LAWS
+@given(st.integers(0, 2**40))
+def test_padded_is_the_next_whole_unit(size: int) -> None:
+    assert padded(size) % 64 == 0
+    assert 0 <= padded(size) - size < 64
+
+
+@LAWS
 @given(ROW_SIZES)
-def test_rows_and_their_values_start_on_cache_lines(sizes: list[int]) -> None:
-    rows, places = UpdateRows(sizes), starts(sizes)
-    assert (len(rows), rows.sizes, rows.buffer.numel()) == (len(sizes), tuple(sizes), places[-1])
+def test_rows_start_on_units_and_headers_lie_apart(sizes: list[int]) -> None:
+    rows = UpdateRows(sizes)
+    assert (len(rows), rows.sizes) == (len(sizes), tuple(sizes))
+    assert rows.headers.shape == (len(sizes), 128)
     assert rows.buffer.data_ptr() % 64 == 0
-    for index, num_values in enumerate(sizes):
-        assert rows.values(index).shape == (num_values,)
-        assert rows.values(index).dtype == torch.float32
-        if num_values:
-            first = rows.values(index).data_ptr() - rows.buffer.data_ptr()
-            assert first == places[index] + HEADER_BYTES
-            assert first % 64 == 0
+    places = [0]
+    for index, size in enumerate(sizes):
+        wire = rows.wire(index)
+        assert (wire.shape, wire.dtype) == ((size,), torch.uint8)
+        assert wire.storage_offset() == places[-1]
+        places.append(places[-1] + padded(size))
+    assert rows.buffer.numel() == places[-1]
 
 
 @LAWS
 @given(ROW_SIZES)
-def test_rows_do_not_touch_each_other_nor_their_headers(sizes: list[int]) -> None:
-    rows, places = UpdateRows(sizes), starts(sizes)
+def test_rows_do_not_touch_each_other_and_headers_do_not_either(sizes: list[int]) -> None:
+    rows = UpdateRows(sizes)
     for index in range(len(sizes)):
-        rows.values(index).fill_(index + 1)
-    headers = [rows.buffer[first : first + HEADER_BYTES] for first in places[:-1]]
-    assert not any(int(header.count_nonzero()) for header in headers)
-    for index in range(len(sizes)):
+        rows.wire(index).fill_(index + 1)
         rows.header(index)["num_examples"] = 2**63 - 1 - index
-    for index, num_values in enumerate(sizes):
-        assert rows.values(index).tolist() == [index + 1] * num_values
+        rows.close(index, 3)
+    for index, size in enumerate(sizes):
+        assert rows.wire(index).tolist() == [index + 1] * size
         assert int(rows.header(index)["num_examples"]) == 2**63 - 1 - index
-
-
-@LAWS
-@given(ROW_SIZES.filter(bool), st.data())
-def test_a_header_is_written_through_into_its_row_only(sizes: list[int], data: st.DataObject) -> None:
-    rows, index = UpdateRows(sizes), data.draw(st.sampled_from(range(len(sizes))))
-    rows.header(index)["num_examples"] = -1
-    touched = rows.buffer.nonzero().flatten()
-    assert len(touched) == 8
-    assert starts(sizes)[index] <= int(touched[0])
-    assert int(touched[-1]) < starts(sizes)[index] + HEADER_BYTES
-
-
-@pytest.mark.parametrize(("num_values", "stride"), [(0, 128), (1, 192), (16, 192), (17, 256), (69, 448)])
-def test_a_row_takes_whole_cache_lines(num_values: int, stride: int) -> None:
-    assert row_stride(num_values) == stride
-    rows = UpdateRows([num_values] * 3)
-    assert rows.buffer.numel() == 3 * stride
+    assert int(rows.buffer.count_nonzero()) == sum(sizes)  # what is behind a row stays 0
+    assert rows.total.numel() == 0
 
 
 def test_no_rows_are_no_bytes() -> None:
     rows = UpdateRows([])
-    assert (len(rows), rows.buffer.numel()) == (0, 0)
+    assert (len(rows), rows.buffer.numel(), rows.headers.size) == (0, 0, 0)
 
 
 def test_rows_are_kept_while_they_fit() -> None:
-    rows = UpdateRows([10, 3])
-    assert fitting_rows(rows, [10, 3]) is rows
-    assert fitting_rows(rows, (10, 3)) is rows
-    for sizes in ([10], [10, 3, 3], [3, 10], [10, 4], []):
+    rows = UpdateRows([40, 12])
+    assert fitting_rows(rows, [40, 12]) is rows
+    assert fitting_rows(rows, (40, 12)) is rows
+    for sizes in ([40], [40, 12, 12], [12, 40], [40, 16], []):
         other = fitting_rows(rows, sizes)
         assert other is not rows
         assert other.sizes == tuple(sizes)
-    assert fitting_rows(None, [1]).sizes == (1,)
+    assert fitting_rows(None, [4]).sizes == (4,)
 
 
-# Updates.
+# Sums of rows.
+
+WHOLE_NUMBERS = st.lists(
+    st.tuples(st.lists(st.integers(-1000, 1000), min_size=5, max_size=5), st.integers(1, 99), st.booleans()),
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@LAWS
+@given(clients=WHOLE_NUMBERS)
+def test_rows_are_added_up_by_what_they_count(dtype: str, clients: list[tuple[list[int], int, bool]]) -> None:
+    rows = SummedRows([20] * len(clients), 5, dtype)
+    assert rows.buffer.numel() == 64 * bool(clients)  # one row, whatever their number
+    wanted = torch.zeros(5, dtype=torch.int64)
+    for index, (values, counts, is_finite) in enumerate(clients):
+        rows.wire(index).view(torch.float32).copy_(torch.tensor(values))
+        header(index, is_finite=is_finite).write(rows, index, PLAN)
+        rows.close(index, counts)
+        wanted += counts * is_finite * torch.tensor(values)
+    assert rows.total.tolist() == wanted.tolist()
+    assert str(rows.total.dtype) == f"torch.{dtype}"
+    clients_back = [one.client_id for one in read_headers(rows.headers, PLAN, range(len(rows)), rows.sizes)]
+    assert clients_back == list(range(len(clients)))
+
+
+def test_what_is_not_finite_does_not_touch_the_sum() -> None:
+    rows = SummedRows([8, 8], 2, "float32")
+    for index, values in enumerate([[float("nan"), 1.0], [2.0, 3.0]]):
+        rows.wire(index).view(torch.float32).copy_(torch.tensor(values))
+        header(index, is_finite=index == 1).write(rows, index, PLAN)
+        rows.close(index, 4)
+    assert rows.total.tolist() == [8, 12]
+
+
+def test_float64_sums_keep_what_float32_loses() -> None:
+    sums = []
+    for dtype in ("float32", "float64"):
+        rows = SummedRows([4, 4], 1, dtype)
+        for index, value in enumerate([2.0**24, 1.0]):
+            rows.wire(index).view(torch.float32).fill_(value)
+            header(index).write(rows, index, PLAN)
+            rows.close(index, 1)
+        sums.append(float(rows.total))
+    assert sums == [2.0**24, 2.0**24 + 1]
+
+
+# Headers.
 
 
 @LAWS
@@ -139,10 +172,10 @@ def test_rows_are_kept_while_they_fit() -> None:
     numbers=st.tuples(*[st.integers(0, 2**63 - 1)] * 2),
     floats=st.tuples(FLOATS, FLOATS, FLOATS),
     is_finite=st.booleans(),
-    sizes=st.tuples(*[st.integers(0, 30)] * 3),
+    sizes=st.tuples(*[st.integers(0, 99)] * 3),
     round_num=COUNTS,
 )
-def test_an_update_survives_a_round_trip(
+def test_a_header_survives_a_round_trip(
     client_id: int,
     numbers: tuple[int, int],
     floats: tuple[float, float, float],
@@ -150,22 +183,30 @@ def test_an_update_survives_a_round_trip(
     sizes: tuple[int, int, int],
     round_num: int,
 ) -> None:
-    plan = replace(PLAN, round_num=round_num)
-    rows = UpdateRows(sizes)
-    rows.values(1).copy_(torch.arange(sizes[1]))
-    sent = ClientUpdate(client_id, *numbers, *floats, is_finite, rows.values(1))
-    sent.write_header(rows, 1, plan)
-    got = ClientUpdate.read(rows, 1, plan, client_id)
-    assert {**asdict(got), "values": 0} == {**asdict(sent), "values": 0}
-    assert got.values.tolist() == list(range(sizes[1]))
-    assert got.values.data_ptr() == rows.values(1).data_ptr()
+    plan, rows = replace(PLAN, round_num=round_num), UpdateRows(sizes)
+    sent = UpdateHeader(client_id, *numbers, *floats, is_finite)
+    sent.write(rows, 1, plan)
+    (got,) = read_headers(rows.headers[1:2], plan, [client_id], sizes[1:2])
+    assert got == sent
+    assert {name: type(value) for name, value in asdict(got).items()} == {
+        **dict.fromkeys(("client_id", "num_examples", "num_steps"), int),
+        **dict.fromkeys(("train_loss", "penalty", "train_s"), float),
+        "is_finite": bool,
+    }
+    assert not rows.headers[0].any()
+    assert not rows.headers[2].any()
+
+
+def test_an_update_writes_its_header() -> None:
+    update, rows = ClientUpdate(**asdict(header(2)), values=torch.ones(69)), UpdateRows([276])
+    update.write(rows, 0, PLAN)
+    assert read_headers(rows.headers, PLAN, [2], [276]) == [header(2)]
 
 
 def test_losses_that_are_no_numbers_arrive() -> None:
-    rows = written()
-    spoiled = replace(update(0), train_loss=float("nan"), penalty=float("inf"), is_finite=False)
-    spoiled.write_header(rows, 0, PLAN)
-    got = ClientUpdate.read(rows, 0, PLAN, 0)
+    rows = UpdateRows([276])
+    replace(header(0, is_finite=False), train_loss=float("nan"), penalty=float("inf")).write(rows, 0, PLAN)
+    (got,) = read_headers(rows.headers, PLAN, [0], [276])
     assert got.train_loss != got.train_loss
     assert (got.penalty, got.is_finite) == (float("inf"), False)
 
@@ -173,20 +214,20 @@ def test_losses_that_are_no_numbers_arrive() -> None:
 def refusal(wanted: str, got: str) -> str:
     return (
         f"^an update must answer {re.escape(wanted)}, got {re.escape(got)} "
-        r"\(server, row 1\); this is a defect: report it$"
+        r"\(server\); this is a defect: report it$"
     )
 
 
 def test_an_answer_to_another_round_is_refused() -> None:
-    message = refusal("round 4 for client 1 with 69 values", "round 3, client 1, 69 values")
+    message = refusal("round 4 for client 1 with 276 bytes", "round 3, client 1, 276 bytes")
     with pytest.raises(ProtocolError, match=message):
-        ClientUpdate.read(written(), 1, replace(PLAN, round_num=4), 1)
+        read_headers(written().headers[1:], replace(PLAN, round_num=4), [1], [276])
 
 
 def test_an_answer_of_another_client_is_refused() -> None:
-    message = refusal("round 3 for client 0 with 69 values", "round 3, client 1, 69 values")
+    message = refusal("round 3 for client 2 with 276 bytes", "round 3, client 1, 276 bytes")
     with pytest.raises(ProtocolError, match=message):
-        ClientUpdate.read(written(), 1, PLAN, 0)
+        read_headers(written().headers, PLAN, [0, 2], [276, 276])
 
 
 @pytest.mark.parametrize(
@@ -195,84 +236,158 @@ def test_an_answer_of_another_client_is_refused() -> None:
     ids=["fewer", "as many values", "swapped"],
 )
 def test_an_answer_of_other_ranks_is_refused(sent: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    message = refusal("round 3 for client 1 with 69 values", "round 3, client 1, 69 values of other ranks")
+    message = refusal("round 3 for client 0 with 276 bytes", "round 3, client 0, 276 bytes of other ranks")
     rows = written(replace(PLAN, lora_ranks=sent))
     with pytest.raises(ProtocolError, match=message):
-        ClientUpdate.read(rows, 1, replace(PLAN, lora_ranks=wanted), 1)
+        read_headers(rows.headers, replace(PLAN, lora_ranks=wanted), [0, 1], [276, 276])
 
 
-def test_another_number_of_values_is_refused() -> None:
-    rows = written()
-    rows.header(1)["num_values"] = 68
-    message = refusal("round 3 for client 1 with 69 values", "round 3, client 1, 68 values")
+def test_another_number_of_bytes_is_refused() -> None:
+    # A worker that writes another dtype than the server reads.
+    rows, message = written(), refusal("round 3 for client 1 with 138 bytes", "round 3, client 1, 276 bytes")
     with pytest.raises(ProtocolError, match=message):
-        ClientUpdate.read(rows, 1, PLAN, 1)
+        read_headers(rows.headers, PLAN, [0, 1], [276, 138])
 
 
-def test_a_row_of_another_size_is_refused() -> None:
-    rows, larger = written(), UpdateRows([69, 70])
-    larger.buffer[: rows.buffer.numel()].copy_(rows.buffer)  # 69 and 70 values take as many bytes
-    message = refusal("round 3 for client 1 with 70 values", "round 3, client 1, 69 values")
-    with pytest.raises(ProtocolError, match=message):
-        ClientUpdate.read(larger, 1, PLAN, 1)
-
-
-def test_a_row_that_nobody_wrote_is_refused() -> None:
+def test_a_header_that_nobody_wrote_is_refused() -> None:
     # All fields are 0, and so they would be of an answer to this plan, but for the magic number.
     plan = replace(PLAN, round_num=0, lora_ranks=())
     assert ranks_digest(plan.lora_ranks) == 0
-    with pytest.raises(ProtocolError, match="must answer round 0 for client 0 with 0 values"):
-        ClientUpdate.read(UpdateRows([0]), 0, plan, 0)
+    with pytest.raises(ProtocolError, match="must answer round 0 for client 0 with 0 bytes"):
+        read_headers(UpdateRows([0]).headers, plan, [0], [0])
 
 
-# All rows of a round.
+def test_headers_are_read_in_the_order_in_which_they_came() -> None:
+    rows = UpdateRows([12, 4, 8])
+    for index, client_id in enumerate((3, 0, 1)):
+        header(client_id).write(rows, index, PLAN)
+    assert [one.client_id for one in read_headers(rows.headers, PLAN, (3, 0, 1), (12, 4, 8))] == [3, 0, 1]
+    with pytest.raises(ProtocolError, match=r"for client 0 with 12 bytes, got round 3, client 3"):
+        read_headers(rows.headers, PLAN, (0, 3, 1), (12, 4, 8))
+    with pytest.raises(ValueError, match="shorter"):
+        read_headers(rows.headers, PLAN, (3, 0), (12, 4))
 
 
-def test_hand_sized_rows_of_each_worker() -> None:
-    assert row_sizes(MIXED, SHAPES, 4) == [[2 * 42], [], [2 * 24, 2 * 60], []]
-    assert row_sizes(replace(MIXED, has_variates=False), SHAPES, 3) == [[42], [], [24, 60]]
-    assert row_sizes(replace(PLAN, workers=(ABSENT,) * 4), SHAPES, 2) == [[], []]
+# Sizes.
 
 
-@LAWS
-@given(st.lists(st.integers(ABSENT, 3), max_size=8))
-def test_every_client_of_the_cohort_has_one_row(workers: list[int]) -> None:
-    ranks = tuple(1 + client_id % 4 for client_id in range(len(workers)))
-    plan = replace(PLAN, workers=tuple(workers), client_ranks=ranks)
-    by_worker = row_sizes(plan, SHAPES, 4)
-    assert [len(sizes) for sizes in by_worker] == [workers.count(worker_id) for worker_id in range(4)]
-    wanted = [plan.row_values(SHAPES, client_id) for client_id in plan.cohort]
-    assert sorted(size for sizes in by_worker for size in sizes) == sorted(wanted)
-
-
-def sent_rows(plan: RoundPlan, workers: Sequence[int], first: int = 0) -> UpdateRows:
-    """Write what workers send, in their order, behind rows of something else."""
-    by_worker = row_sizes(plan, SHAPES, 3)
-    rows = UpdateRows([5] * first + [size for worker_id in workers for size in by_worker[worker_id]])
-    clients = [client_id for worker_id in workers for client_id in plan.clients_of(worker_id)]
-    for index, client_id in enumerate(clients, start=first):
-        rows.values(index).fill_(client_id)
-        update(client_id).write_header(rows, index, plan)
-    return rows
-
-
-@pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize(
-    ("workers", "clients"), [((0, 1, 2), [3, 0, 4]), ((2, 0), [0, 4, 3]), ((1,), []), ((2,), [0, 4])]
+    ("dtype", "sizes"),
+    [("float32", (96, 168)), ("bfloat16", (48, 84)), ("float16", (48, 84)), ("int8", (48, 82))],
 )
-def test_rows_are_read_worker_by_worker(workers: Sequence[int], clients: list[int], first: int) -> None:
-    updates = read_rows(sent_rows(MIXED, workers, first), MIXED, workers, first)
-    assert [one.client_id for one in updates] == clients
-    for one in updates:
-        assert one.values.tolist() == [one.client_id] * MIXED.row_values(SHAPES, one.client_id)
+def test_hand_sized_rows(dtype: str, sizes: tuple[int, int]) -> None:
+    # 18 or 36 values of factors and 6 of the head; scales: 2 a direction and module, 2 of the head's rows.
+    wire = WireFormat(dtype, "float32")
+    assert tuple(wire.row_bytes(MIXED, SHAPES, client_id) for client_id in (0, 3)) == sizes
+    assert wire.row_bytes(MIXED, SHAPES) == {"float32": 240, "int8": 116}.get(dtype, 120)
+    assert WireFormat("float32", dtype).row_bytes(MIXED, SHAPES, 0) == 96
 
 
-def test_rows_in_another_order_are_refused() -> None:
-    plan = replace(MIXED, client_ranks=())  # equal sizes, so that only the header tells them apart
-    with pytest.raises(ProtocolError, match=r"for client 3 with 120 values, got round 3, client 0"):
-        read_rows(sent_rows(plan, (2, 0)), plan, (0, 2))
-    with pytest.raises(ProtocolError, match=r"for client 3 with 120 values, got .* \(server, row 1\)"):
-        read_rows(sent_rows(plan, (2, 0)), plan, (0,), first=1)
+def test_a_row_with_a_variate_is_twice_as_long() -> None:
+    assert WireFormat().row_bytes(replace(MIXED, has_variates=True), SHAPES, 3) == 2 * 168
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    # Frozen: one direction of q, 9 values and 2 scales. State: 4 * 9 + 3 * 9 + 6 values, 8 + 6 + 2 scales.
+    [("float32", 4 * 78), ("bfloat16", 2 * 78), ("float16", 2 * 78), ("int8", 78 + 4 * 18)],
+)
+def test_hand_sized_messages(dtype: str, size: int) -> None:
+    wire = WireFormat("float32", dtype)
+    assert wire.message_bytes(PLAN, SHAPES) == size
+    buffer = wire.message_buffer(PLAN, SHAPES)
+    assert (buffer.numel(), buffer.dtype) == (padded(size), torch.uint8)
+    assert (
+        wire.message_bytes(PLAN.stopped(), SHAPES) == wire.message_buffer(PLAN.stopped(), SHAPES).numel() == 0
+    )
+
+
+def test_a_float32_message_is_its_bytes() -> None:
+    wire = WireFormat("int8", "float32")
+    buffer = wire.message_buffer(PLAN, SHAPES)
+    wire.as_message(PLAN, SHAPES, buffer).copy_(torch.arange(78.0))
+    got = wire.decode_message(PLAN, SHAPES, buffer)
+    assert got.tolist() == list(range(78))
+    assert got.data_ptr() == buffer.data_ptr()
+
+
+# Changes of clients.
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("client_id", [0, 3])
+def test_a_change_arrives_rounded_and_what_it_has_lost_is_left(dtype: str, client_id: int) -> None:
+    wire, layout = WireFormat(dtype, seed=7), MIXED.shared_layout(SHAPES, client_id)
+    exact, reference = random_values(layout.num_values), random_values(layout.num_values, 1)
+    row, change = torch.empty(wire.row_bytes(MIXED, SHAPES, client_id), dtype=torch.uint8), exact.clone()
+    wire.encode_update(layout, change, row, 3, client_id)
+    got = wire.decode_update(layout, row, reference)
+    assert torch.allclose(got - reference + change, exact, atol=1e-6)
+    # Half of the last place of 8 and 11 bits; a step of int8 is the largest of a direction by 127.
+    largest = float(exact.abs().max())
+    step = {"bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 127}[dtype]
+    assert 0 < float(change.abs().max()) <= step * largest
+    assert not torch.equal(got, reference + exact)
+
+
+def test_random_numbers_are_for_int8_and_its_rounding_only() -> None:
+    for dtype in DTYPES[:3]:
+        assert WireFormat().rounding(dtype, 5, 1) is None
+    drawn = WireFormat(seed=1).rounding("int8", 5, 1)
+    assert drawn is not None
+    assert (drawn.shape, drawn.dtype) == ((5,), torch.float32)
+    assert bool(((drawn >= 0) & (drawn < 1)).all())
+
+
+def test_random_numbers_differ_by_seed_round_client_and_direction() -> None:
+    def drawn(seed: int, *key: int) -> tuple[float, ...]:
+        values = WireFormat(seed=seed).rounding("int8", 4, *key)
+        assert values is not None
+        return tuple(values.tolist())
+
+    keys = [(0, 1), (1, 1), (0, 2), (0, 1, 1), (0, 1, 2)]
+    assert len({drawn(*key) for key in keys}) == len(keys)
+    assert drawn(0, 1) == drawn(0, 1, 0)
+
+
+def test_a_clients_rounding_is_its_own() -> None:
+    layout, wire = SHAPES.base(), WireFormat("int8", "int8")
+    downlink = torch.empty(num_bytes("int8", layout), dtype=torch.uint8)
+    uniform = wire.rounding("int8", layout.num_values, 3)
+    encode("int8", layout, random_values(layout.num_values), downlink, uniform)
+    seen = {bytes(downlink.numpy())}
+    for client_id in range(3):
+        row = torch.empty_like(downlink)
+        wire.encode_update(layout, random_values(layout.num_values), row, 3, client_id)
+        seen.add(bytes(row.numpy()))
+    assert len(seen) == 4
+
+
+# What a client was sent.
+
+
+def test_the_broadcast_is_the_state_where_all_of_it_is_shared() -> None:
+    state = torch.arange(69.0)
+    assert broadcast_values(PLAN, SHAPES, state) is state
+    assert broadcast_values(replace(PLAN, scope="full"), SHAPES, state) is state
+
+
+def test_the_broadcast_is_what_a_client_shares_of_the_state() -> None:
+    # q: A 4 x 4, B 5 x 4; v: A 3 x 6, B 3 x 3; head 6.
+    state = torch.arange(69.0)
+    a, head = [*range(16), *range(36, 54)], list(range(63, 69))
+    b = [*range(16, 36), *range(54, 63)]
+    assert broadcast_values(replace(PLAN, scope="a"), SHAPES, state).tolist() == a + head
+    assert broadcast_values(replace(PLAN, scope="b"), SHAPES, state).tolist() == b + head
+    kept = replace(PLAN, keeps_b=True, keeps_head=True)
+    assert broadcast_values(kept, SHAPES, state).tolist() == a
+
+
+def test_the_broadcast_to_a_client_of_lower_rank_is_its_leading_directions() -> None:
+    state, plan = torch.arange(69.0), replace(PLAN, client_ranks=(1, 9, 9, 9))
+    leading = [*range(4), 16, 20, 24, 28, 32, *range(36, 42), 54, 57, 60, *range(63, 69)]
+    assert broadcast_values(plan, SHAPES, state, 0).tolist() == leading
+    assert broadcast_values(plan, SHAPES, state, 1) is state
 
 
 # Digests.

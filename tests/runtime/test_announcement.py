@@ -108,8 +108,7 @@ IN_PARTS = "updates are aggregated part by part while they come in"
         ({"uplink_dtype": "int8", "startup_s": math.nan}, f"{IN_PARTS}, as int8 up and float32 down"),
         (
             {"downlink_dtype": "bfloat16", "gpu_buffers": "staged"},
-            f"{IN_PARTS}, as float32 up and bfloat16 down, GPU buffers staged; "
-            "ready 3.1 s after the launch",
+            f"{IN_PARTS}, as float32 up and bfloat16 down, GPU buffers staged; ready 3.1 s after the launch",
         ),
     ],
 )

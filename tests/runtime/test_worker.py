@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ class Setting:
         self, change: Tensor, wire: WireFormat | None = None, memory: Memory | None = None, **options: Any
     ) -> Worker:
         def train(*arguments: Any) -> LocalResult:
-            model, _, examples, _, _, client_id, values, kept = arguments
+            model, _, _, _, _, client_id, values, kept = arguments
             self.seen.append(dict(kept))
             torch.add(model.state, change[client_id] if change.dim() == 2 else change, out=values)
             is_finite = bool(values.isfinite().all())
@@ -187,21 +186,20 @@ class TestRoundedRows:
         assert self.sent(rows) == [1.0, 0.25, -0.5, 0.0]
         assert memory.kept[0]["lost"].tolist() == [FINE, 0, 0, 0]
 
-    def test_int8_rounds_by_round_and_client(self, setting: Setting) -> None:
-        wire = WireFormat("int8", seed=3)
-        fine = torch.tensor([0.1, 127.0, 0.5, 0.3])  # B's scale is 1: its 0.5 is rounded up or down
+    def test_int8_rounds_by_seed_round_and_client(self, setting: Setting) -> None:
+        half = torch.tensor([0.0, 127.0, 0.5, 0.0])  # B's scale is 1: its 0.5 is rounded up or down
 
-        def sent(round_num: int, seed: int = 3) -> list[bytes]:
-            worker = setting.worker(fine, WireFormat("int8", seed=seed))
-            rows = train(worker, plan_of(*[0] * 3, round_num=round_num))
-            return [rows.wire(index).numpy().tobytes() for index in range(3)]
+        def sent(seed: int, round_num: int) -> list[int]:
+            worker = setting.worker(half, WireFormat("int8", seed=seed))
+            rows = train(worker, plan_of(0, 0, 0, round_num=round_num))
+            # Scales of A and B, A, and B's first value come before.
+            return [int(rows.wire(index)[10]) for index in range(3)]
 
-        many = [sent(round_num) for round_num in range(1, 9)]
-        assert many[0] == sent(1)
-        assert many != [sent(round_num, seed=4) for round_num in range(1, 9)]
-        middles = np.array([[row[-2 - 4 : -4] for row in rows] for rows in many])
-        assert len(set(middles.ravel().tolist())) > 1
-        assert wire.row_bytes(plan_of(0), SHAPES) == len(many[0][0])
+        runs = [[sent(seed, round_num) for round_num in range(1, 9)] for seed in (3, 3, 4)]
+        assert runs[0] == runs[1] != runs[2]
+        by_client = list(zip(*runs[0], strict=True))
+        assert len(set(by_client)) == 3
+        assert all(set(values) == {0, 1} for values in by_client)
 
     def test_a_message_is_decoded_before_the_model_takes_it(self, setting: Setting) -> None:
         worker = setting.worker(torch.zeros(4), WireFormat("float32", "bfloat16"))

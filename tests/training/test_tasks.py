@@ -30,6 +30,23 @@ def labels_for(texts):
 
 @settings(max_examples=40, deadline=None)
 @given(texts=TEXTS, data=st.data())
+def test_a_clients_examples_are_those_of_its_texts_alone(task, texts, data):
+    places = st.lists(st.integers(0, len(texts) - 1), min_size=1, max_size=8, unique=True)
+    owned = np.array(data.draw(places), np.int64)
+    labels = labels_for(texts)
+    whole = task.encode(texts, labels)
+    mine, alone = whole.take(owned), task.encode([texts[i] for i in owned], labels[owned])
+    assert mine.tokens is whole.tokens
+    assert len(mine) == len(owned)
+    assert mine.lengths.tolist() == alone.lengths.tolist()
+    order = np.array(data.draw(st.permutations(range(len(owned)))), np.int64)
+    (batch, got), (wanted, expected) = task.collate(mine, order), task.collate(alone, order)
+    assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
+    assert torch.equal(got, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=TEXTS, data=st.data())
 def test_batches_are_what_the_tokenizer_itself_pads(task, tokenizer, texts, data):
     places = st.integers(0, len(texts) - 1)
     indices = np.array(data.draw(st.lists(places, min_size=1, max_size=8)), np.int64)
@@ -47,14 +64,16 @@ def test_texts_are_cut_to_max_length(task):
     encoded = task.encode([" ".join(WORDS[:30]), "ba"], labels_for("ab"))
     assert encoded.lengths.tolist() == [12, 3]
     assert encoded.tokens.dtype == np.int32
-    assert encoded.offsets.tolist() == [0, 12, 15]
+    assert encoded.starts.tolist() == [0, 12]
+    assert len(encoded.tokens) == 15
 
 
 def test_no_texts_give_no_examples(task):
     encoded = task.encode([], np.zeros(0, np.int64))
     assert len(encoded) == 0
     assert encoded.lengths.tolist() == []
-    assert encoded.offsets.tolist() == [0]
+    assert encoded.starts.tolist() == []
+    assert len(encoded.tokens) == 0
 
 
 def test_one_example_is_a_batch_without_padding(task):
@@ -101,3 +120,69 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tokenizer, tm
     batch, _ = task.collate(task.encode(["ba", "ba da"], labels_for("ab")), np.array([0, 1]))
     assert batch["input_ids"][0, -1] == 3
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 0]
+
+
+# the cache
+
+
+class Cache:
+    """Keeps what it was asked for, and gives what was made first."""
+
+    def __init__(self):
+        self.asked, self.kept = [], {}
+
+    def __call__(self, texts, settings, tokenize):
+        self.asked.append((tuple(texts), settings))
+        if self.asked[-1] not in self.kept:
+            self.kept[self.asked[-1]] = tokenize(texts)
+        return self.kept[self.asked[-1]]
+
+
+def cached_task(folder, cache, max_length=12, **changes):
+    tokenizer = load_tokenizer(str(folder))
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return ClassificationTask(tokenizer, max_length, "cpu", cache)
+
+
+def test_equal_texts_share_their_tokens(tiny_model_folder):
+    cache, texts = Cache(), ["ba da", "ka"]
+    first, again = (cached_task(tiny_model_folder, cache).encode(texts, labels_for(texts)) for _ in range(2))
+    assert first.tokens is again.tokens
+    assert len(cache.kept) == 1
+    plain = cached_task(tiny_model_folder, None).encode(texts, labels_for(texts))
+    assert first.tokens.tolist() == plain.tokens.tolist()
+    assert first.starts.tolist() == plain.starts.tolist() == [0, 4]
+
+
+def test_the_settings_do_not_depend_on_the_last_call(tiny_model_folder):
+    task = cached_task(tiny_model_folder, Cache())
+    task.encode(["ba da"], np.zeros(1, np.int64))
+    task.tokenizer(["ba da", "ka"], padding="max_length", truncation=True, max_length=7)
+    assert ClassificationTask(task.tokenizer, 12).settings == cached_task(tiny_model_folder, None).settings
+
+
+def test_whatever_changes_tokens_changes_the_settings(tiny_model_folder):
+    tasks = [
+        cached_task(tiny_model_folder, None),
+        cached_task(tiny_model_folder, None, 13),
+        cached_task(tiny_model_folder, None, truncation_side="left"),
+        cached_task(tiny_model_folder, None, split_special_tokens=True),
+        cached_task(tiny_model_folder, None, pad_token="[MASK]"),
+    ]
+    more_words = cached_task(tiny_model_folder, None)
+    more_words.tokenizer.add_tokens(["unheard-of"])
+    assert len({task.settings for task in [*tasks, more_words]}) == 6
+
+
+def test_a_tokenizer_that_cannot_be_told_from_others_is_not_cached():
+    class Letters:
+        pad_token_id = 0
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+    cache = Cache()
+    encoded = ClassificationTask(Letters(), 12, "cpu", cache).encode(["ab", ""], np.array([0, 1]))
+    assert encoded.tokens.tolist() == [97, 98, 0]
+    assert cache.asked == []

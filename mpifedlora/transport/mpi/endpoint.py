@@ -7,6 +7,7 @@ shared node would take the cores from those that train.)
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LARGEST_COUNT = 2**30
 """Elements of one reduction: MPI counts them with 32 bits."""
 _LONGEST_SLEEP_S = 1e-3
-_SHORT_SLEEP_S = 0.0
+_BUSY_S, _SHORT_SLEEP_S = 5e-2, 1e-4
 
 
 class Order(IntEnum):
@@ -146,8 +147,12 @@ def wait(*requests: MPI.Request) -> None:
 
 
 def wait_busily(requests: Sequence[MPI.Request]) -> None:
-    """Wait for requests that are under way: other processes get the core, but there is no long sleep."""
+    """Wait for requests that are under way: whoever else wants the core gets it, but nobody sleeps long."""
     from mpi4py import MPI
 
-    while not MPI.Request.Testall(list(requests)):
-        time.sleep(_SHORT_SLEEP_S)
+    waiting, started = list(requests), time.perf_counter()
+    while not MPI.Request.Testall(waiting):
+        if time.perf_counter() - started < _BUSY_S:
+            os.sched_yield()
+        else:
+            time.sleep(_SHORT_SLEEP_S)

@@ -153,10 +153,11 @@ class MpiServer(Endpoint):
         sent = self.num_workers * sum(span.size for part in stream.parts for span in part.downlink)
         ahead = self.bytes_crossed - before + sent  # the order is the next round's too
         self.bytes_crossed = before + num_clients * sum(part.uplink.size for part in stream.parts)
-        if stream.refused:
+        if stream.refused or not stream.announced.cohort:  # then no round comes that counts it
             self.bytes_crossed += ahead
         else:
             self._ahead_bytes += ahead
+        if not stream.refused:
             self._order(Order.COMMIT)
 
     def _part_buffers(self, parts: Sequence[Part], num_clients: int) -> list[Tensor]:

@@ -6,22 +6,50 @@ import pytest
 from federations import HEADER_DOWN, HEADER_UP, values_of
 
 from mpifedlora.io.results import read_results
-from mpifedlora.runtime import launch
+from mpifedlora.runtime import launch, worker
 
+FEDIT, FEDAVG = "federation.method=fedit", "federation.method=fedavg"
+INT8 = ["transport.uplink_dtype=int8", "transport.downlink_dtype=int8"]
+FEEDBACK = [*INT8, "transport.error_feedback=true"]
+FREE = "federation.reproducible=false"
+
+
+def parts_of(num_bytes):
+    return f"transport.chunk_bytes={num_bytes}"
+
+
+# The largest module has 32 inputs and 64 outputs at rank 4: 384 values, and 8 scales in int8. So nearly every
+# module is a part of its own. Tensors of a whole model may be larger than a part.
+SMALL, SMALL_BFLOAT16, SMALL_INT8 = parts_of(4 * 384), parts_of(2 * 384), parts_of(384 + 4 * 8)
 RUNS = {
     "freeze": [],
-    "drop": ["annealing.cut=drop"],
-    "fedit": ["federation.method=fedit"],
+    "drop": ["annealing.cut=drop", SMALL],
+    "fedit": [FEDIT],
     "factors with cuts": ["federation.method=custom", "aggregation.kind=factors"],
-    "fedavg": ["federation.method=fedavg"],
+    "fedavg": [FEDAVG],
     "fedprox": ["federation.method=fedprox"],
-    "full initiating": ["initiating.scope=full", "initiating.rounds=2"],
+    "full initiating": ["initiating.scope=full", "initiating.rounds=2", SMALL],
     "cohort": ["federation.cohort_size=2", "federation.num_rounds=6"],
     "full cohort": ["federation.cohort_size=2", "initiating.scope=full", "federation.num_rounds=6"],
-    "on workers": ["evaluation.on=workers", "evaluation.every=2"],
+    "on workers": ["evaluation.on=workers", "evaluation.every=2", SMALL],
     "epochs, dropout": ["training.local_epochs=2", "model.dropout=0.1", "lora.dropout=0.1", "data.alpha=0.3"],
     "bfloat16 base": ["model.dtype=bfloat16"],
     "bfloat16 autocast": ["training.precision=bfloat16"],
+    "bfloat16 wire": [
+        "transport.uplink_dtype=bfloat16",
+        "transport.downlink_dtype=bfloat16",
+        SMALL_BFLOAT16,
+        "evaluation.on=workers",
+    ],
+    "int8 wire": [*INT8, SMALL_INT8],
+    "fedit, feedback": [FEDIT, *FEEDBACK, SMALL_INT8, "federation.cohort_size=3"],
+    "fedavg, feedback": [FEDAVG, *FEEDBACK, parts_of(1)],
+}
+# What must not change a bit of another run.
+LIKE = {
+    "small parts": ("freeze", [SMALL]),
+    "no pipeline": ("freeze", ["transport.pipeline=false"]),
+    "fedavg, small parts": ("fedavg", [parts_of(1)]),
 }
 
 
@@ -37,6 +65,64 @@ def federate(folder, name, comm):
 @pytest.mark.parametrize("name", RUNS)
 def test_same_bits_for_any_number_of_processes(comm, folder, name):
     federations.assert_same_bits(folder, name, RUNS[name], comm)
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_parts_change_no_bit(comm, folder, name):
+    other, settings = LIKE[name]
+    federations.assert_same_bits(folder, name, RUNS[other] + settings, comm, like=(other, RUNS[other]))
+
+
+@pytest.mark.parametrize(
+    ("name", "collect"),
+    [("freeze", "gather in parts"), ("full cohort", "gather in parts"), ("no pipeline", "gather")],
+)
+def test_results_say_how_updates_were_collected(comm, folder, name, collect):
+    out = federations.federate(folder, name, {**RUNS, "no pipeline": LIKE["no pipeline"][1]}[name], comm)
+    if comm.rank == 0:
+        assert read_results(out / "results.h5").info.collect == (collect if comm.size > 1 else "handed over")
+
+
+def test_an_update_that_is_not_what_its_header_says_is_left_out(comm, folder, monkeypatch):
+    train_client = worker.train_client
+
+    def lie(model, task, examples, settings, plan, client_id, values, memory):
+        result = train_client(model, task, examples, settings, plan, client_id, values, memory)
+        if (client_id, plan.round_num) == (1, 2):
+            values[-1] = np.nan  # in the head, and so in the last part
+        return result
+
+    monkeypatch.setattr(worker, "train_client", lie)
+    federations.assert_same_bits(folder, "liar", [SMALL], comm)
+    if comm.rank == 0:
+        results = read_results(federations.federate(folder, "liar", [SMALL], comm) / "results.h5")
+        expected = np.full((4, 4), "used", "U16")
+        expected[1, 1] = "not finite"
+        assert results.clients["outcome"].tolist() == expected.tolist()
+        assert np.isfinite(results.rounds["eval_loss"]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fedit", "float32"), ("factors with cuts", "float64"), ("fedavg", "float32")]
+)
+def test_sums_on_the_way_give_what_gathering_gives(comm, folder, name, dtype):
+    from mpi4py import MPI
+
+    settings = [*RUNS[name], FREE, "transport.collect=reduce", f"transport.reduce_dtype={dtype}"]
+    out = federations.federate(folder, f"{name}, summed", settings, comm)
+    if comm.rank:
+        return
+    gathered = federations.federate(folder, name, RUNS[name], MPI.COMM_SELF)
+    found, wanted = read_results(out / "results.h5"), read_results(gathered / "results.h5")
+    assert found.info.collect == ("reduce" if comm.size > 1 else "handed over")
+    assert not found.info.reproducible
+    for column in ("uplink_bytes", "downlink_bytes", "num_participants", "module_ranks"):
+        np.testing.assert_array_equal(found.rounds[column], wanted.rounds[column])
+    for column in ("train_loss", "eval_loss", "penalty"):
+        np.testing.assert_allclose(found.rounds[column], wanted.rounds[column], rtol=1e-4)
+    assert np.isnan(found.rounds["aggregation_error"]).all()  # nobody has seen the single updates
+    assert found.clients["outcome"].tolist() == wanted.clients["outcome"].tolist()
+    federations.assert_close(out, gathered)
 
 
 @pytest.mark.parametrize("name", ["freeze", "drop", "fedit", "fedavg", "full initiating"])

@@ -1,16 +1,19 @@
 """The MPI transport against its in-process twin: the same bits, the same bytes."""
 
-import numpy as np
+import time
+
 import pytest
 import torch
 
 from mpifedlora.core.agreement import Status, check_agreement
 from mpifedlora.core.layout import DENSE, LinearShape, ModelShapes, TensorShape
-from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.wire import ClientUpdate, UpdateRows
+from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, plan_bytes
+from mpifedlora.core.wire import SummedRows, UpdateHeader, UpdateRows, WireFormat, padded
 from mpifedlora.errors import ConfigError
 from mpifedlora.transport import mpi
+from mpifedlora.transport.base import ORDER_BYTES
 from mpifedlora.transport.inprocess import InProcessTransport
+from mpifedlora.transport.mpi import endpoint as endpoint_module
 
 SHAPES = ModelShapes(
     (LinearShape("q", 5, 7), LinearShape("v", 9, 4)),
@@ -20,10 +23,10 @@ SHAPES = ModelShapes(
 
 
 class Echo:
-    """A worker that returns what it received, plus its client's number."""
+    """A worker that returns the bytes that it received, plus its client's number."""
 
-    def __init__(self, worker_id):
-        self.worker_id = worker_id
+    def __init__(self, worker_id, wire):
+        self.worker_id, self.wire = worker_id, wire
 
     def receive(self, plan, message):
         self.plan, self.message = plan, message.clone()
@@ -33,15 +36,25 @@ class Echo:
 
     def train(self):
         clients = self.plan.clients_of(self.worker_id)
-        rows = UpdateRows([self.plan.row_values(SHAPES, client_id) for client_id in clients])
+        rows = UpdateRows([self.wire.row_bytes(self.plan, SHAPES, client_id) for client_id in clients])
+        source = self.message if len(self.message) else torch.arange(64, dtype=torch.uint8)
         for index, client_id in enumerate(clients):
-            values = rows.values(index)
-            state = self.plan.split(SHAPES, self.message).state
-            values[:] = client_id + (state[: len(values)] if len(state) >= len(values) else 0.0)
-            ClientUpdate(client_id, 10 + client_id, 2, 0.5, 0.0, 1.5, True, values).write_header(
-                rows, index, self.plan
-            )
+            row = rows.wire(index)
+            row[:] = source[torch.arange(len(row)) % len(source)] + client_id
+            write_header(rows, index, self.plan, client_id)
         return rows
+
+
+def write_header(rows, index, plan, client_id):
+    UpdateHeader(
+        client_id=client_id,
+        num_examples=10 + client_id,
+        num_steps=2,
+        train_loss=0.5,
+        penalty=0.0,
+        train_s=1.5,
+        is_finite=True,
+    ).write(rows, index, plan)
 
 
 def make_plan(workers, scope="adapter", **changes):
@@ -76,38 +89,127 @@ def plans(num_workers):
     }
 
 
+def make_message(wire, plan):
+    message = wire.message_buffer(plan, SHAPES)
+    message[:] = torch.randint(0, 256, message.shape, generator=torch.Generator().manual_seed(3))
+    return message
+
+
 def one_round(transport, plan, message):
     transport.broadcast(plan, message)
     predictions = transport.collect_predictions([i + 1 for i in range(transport.num_workers)])
-    updates = sorted(transport.collect(plan), key=lambda update: update.client_id)
-    kept = [(u.client_id, u.num_examples, u.train_loss, u.values.numpy().tobytes()) for u in updates]
-    return [part.numpy().tobytes() for part in predictions], kept
+    headers = transport.collect_headers(plan)
+    rows = transport.collect_rows(plan) if headers else []
+    return [part.tolist() for part in predictions], headers, [row.tolist() for row in rows]
 
 
-@pytest.mark.parametrize("kind", plans(1))
-def test_same_bits_and_bytes_as_in_one_process(comm, kind):
+CASES = [(kind, WireFormat()) for kind in plans(1)]
+CASES += [("uneven", WireFormat("bfloat16", "int8")), ("full", WireFormat("int8", "bfloat16"))]
+
+
+@pytest.mark.parametrize(("kind", "wire"), CASES, ids=[f"{kind}, {wire.uplink}" for kind, wire in CASES])
+def test_same_bits_and_bytes_as_in_one_process(comm, kind, wire):
     if comm.size == 1:
         assert mpi.connect(comm) is None
         return
     endpoint = mpi.connect(comm)
     plan = plans(endpoint.num_workers)[kind]
-    endpoint.open(SHAPES, len(plan.workers))
-    message = torch.randn(plan.message_values(SHAPES), generator=torch.Generator().manual_seed(3))
+    endpoint.open(SHAPES, len(plan.workers), wire)
+    message = make_message(wire, plan)
     if not endpoint.is_server:
-        worker = Echo(endpoint.worker_id)
+        worker, prepared = Echo(endpoint.worker_id, wire), []
         for _ in range(2):  # the second round reuses the buffers
-            got, received = endpoint.receive()
-            assert got == plan
-            assert received.numpy().tobytes() == message.numpy().tobytes()
+            got, received = endpoint.receive(prepared.append)
+            assert got == prepared.pop() == plan
+            assert torch.equal(received, message)
             worker.receive(got, received)
             endpoint.submit_predictions(worker.predictions())
             if got.cohort:
                 endpoint.submit(worker.train())
         return
-    twin = InProcessTransport([Echo(worker_id) for worker_id in range(endpoint.num_workers)])
+    twin = InProcessTransport([Echo(worker_id, wire) for worker_id in range(endpoint.num_workers)])
     for _ in range(2):
         assert one_round(endpoint, plan, message) == one_round(twin, plan, message)
     assert endpoint.bytes_crossed == twin.bytes_crossed
+
+
+def test_bytes_crossed_by_hand(comm):
+    if comm.size == 1:
+        return
+    endpoint = mpi.connect(comm)
+    plan = make_plan([0] * 3 + [endpoint.num_workers - 1])
+    endpoint.open(SHAPES, 4, WireFormat())
+    message = make_message(WireFormat(), plan)
+    if not endpoint.is_server:
+        worker = Echo(endpoint.worker_id, WireFormat())
+        worker.receive(*endpoint.receive(lambda plan: None))
+        endpoint.submit(worker.train())
+        return
+    endpoint.broadcast(plan, message)
+    order = ORDER_BYTES + plan_bytes(2, 4)
+    # 2 * (5 + 7) + 3 * (9 + 4) values and the head, and before them the frozen direction of q: 81 in all.
+    assert endpoint.bytes_crossed == endpoint.num_workers * (order + padded(4 * 81))
+    endpoint.collect_headers(plan)
+    endpoint.collect_rows(plan)
+    sent_up = 4 * (HEADER_BYTES + padded(4 * 69))
+    assert endpoint.bytes_crossed == endpoint.num_workers * (2 * order + padded(4 * 81)) + sent_up
+
+
+# sums
+
+
+class Adder(Echo):
+    """A worker that adds up whole numbers, of which float32 holds every sum."""
+
+    def __init__(self, worker_id, dtype):
+        super().__init__(worker_id, WireFormat())
+        self.dtype = dtype
+
+    def train(self):
+        clients = self.plan.clients_of(self.worker_id)
+        num_values = self.plan.shared_layout(SHAPES).num_values
+        rows = SummedRows([4 * num_values] * len(clients), num_values, self.dtype)
+        for index, client_id in enumerate(clients):
+            torch.arange(num_values, out=rows.wire(index).view(torch.float32)).mul_(client_id + 1)
+            write_header(rows, index, self.plan, client_id)
+            rows.close(index, 10 + client_id)
+        return rows
+
+
+@pytest.mark.parametrize(
+    ("largest_count", "num_pieces"), [(7, 10), (2**30, 1)], ids=["in pieces", "in one piece"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_sum_is_exact_and_that_of_the_twin(comm, monkeypatch, dtype, largest_count, num_pieces):
+    if comm.size == 1:
+        return
+    monkeypatch.setattr(endpoint_module, "LARGEST_COUNT", largest_count)
+    endpoint = mpi.connect(comm)
+    # With more than two workers, some have no client.
+    plan = make_plan([0, 0, endpoint.num_workers - 1, -1], reduces=True)
+    endpoint.open(SHAPES, 4, WireFormat())
+    message = make_message(WireFormat(), plan)
+    if not endpoint.is_server:
+        worker = Adder(endpoint.worker_id, dtype)
+        for _ in range(2):
+            worker.receive(*endpoint.receive(lambda plan: None))
+            endpoint.submit(worker.train())
+        return
+    twin = InProcessTransport([Adder(worker_id, dtype) for worker_id in range(endpoint.num_workers)])
+    for _ in range(2):
+        found = []
+        for transport in (endpoint, twin):
+            total = torch.full((69,), torch.nan, dtype=getattr(torch, dtype))
+            transport.broadcast(plan, message)
+            assert len(transport.collect_headers(plan)) == 3
+            transport.collect_sum(total)
+            found.append(total.tolist())
+            assert len(list(endpoint_module.pieces_of(total.numpy()))) == num_pieces
+        assert found[0] == found[1] == [(10 * 1 + 11 * 2 + 12 * 3) * index for index in range(69)]
+    assert endpoint.bytes_crossed == twin.bytes_crossed
+
+
+# set-up
 
 
 def test_every_process_hears_of_a_failure_anywhere(comm):
@@ -143,33 +245,62 @@ def test_places_count_workers_on_the_node(comm):
     assert place.worker_index == (comm.size - 1 if comm.rank == 0 else comm.rank - 1)
 
 
-def test_waiting_does_not_burn_the_core(comm):
-    if comm.size == 1:
-        return
-    import time
+# waiting
 
+
+def share_of_a_core(wait):
+    """Do what waits, and return the share of a core that it took; spinning would take all of it."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    wait()
+    return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+
+@pytest.fixture
+def opened(comm):
+    """Endpoint, plan, message and the rows of a round, everybody ready."""
+    if comm.size == 1:
+        pytest.skip("one process waits for nobody")
     endpoint = mpi.connect(comm)
-    endpoint.open(SHAPES, 1)
-    plan = make_plan([0])
-    message = torch.zeros(plan.message_values(SHAPES))
+    plan = make_plan([client % endpoint.num_workers for client in range(4)])
+    endpoint.open(SHAPES, 4, WireFormat())
     comm.Barrier()
+    return endpoint, plan, make_message(WireFormat(), plan)
+
+
+def rows_of(endpoint, plan, message):
+    worker = Echo(endpoint.worker_id, WireFormat())
+    worker.receive(plan, message)
+    return worker.train()
+
+
+def test_waiting_does_not_burn_the_core(opened):
+    endpoint, plan, message = opened
     if endpoint.is_server:
         time.sleep(1.0)
         endpoint.broadcast(plan, message)
-        return
-    cpu, wall = time.process_time(), time.perf_counter()
-    endpoint.receive()
-    # A spinning wait would take all of it.
-    assert time.process_time() - cpu < 0.6 * (time.perf_counter() - wall)
+    else:
+        assert share_of_a_core(lambda: endpoint.receive(lambda plan: None)) < 0.3
 
 
-def test_numbers_of_any_size_survive_the_headers(comm):
-    if comm.size == 1:
-        return
-    rows = UpdateRows([3])
-    plan = make_plan([0])
-    ClientUpdate(2**31 - 1, 2**40, 2**35, np.inf, 1e-300, 1e9, False, rows.values(0)).write_header(
-        rows, 0, plan
-    )
-    header = rows.header(0)
-    assert (int(header["num_examples"]), int(header["num_steps"])) == (2**40, 2**35)
+def test_waiting_for_an_order_after_the_submission_does_not_either(opened):
+    endpoint, plan, message = opened
+    if endpoint.is_server:
+        endpoint.broadcast(plan, message)
+        endpoint.collect_headers(plan)
+        time.sleep(1.0)
+        endpoint.collect_rows(plan)
+    else:
+        rows = rows_of(endpoint, *endpoint.receive(lambda plan: None))
+        assert share_of_a_core(lambda: endpoint.submit(rows)) < 0.3
+
+
+def test_waiting_for_workers_that_train_does_not_either(opened):
+    endpoint, plan, message = opened
+    if endpoint.is_server:
+        endpoint.broadcast(plan, message)
+        assert share_of_a_core(lambda: endpoint.collect_headers(plan)) < 0.3
+        endpoint.collect_rows(plan)
+    else:
+        rows = rows_of(endpoint, *endpoint.receive(lambda plan: None))
+        time.sleep(1.0)
+        endpoint.submit(rows)
