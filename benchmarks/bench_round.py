@@ -170,7 +170,7 @@ def draw(outcomes: Sequence[Outcome], figure: Figure) -> None:
         yticks=list(places), yticklabels=[outcome.case.label for outcome in outcomes], xlabel="ms a round"
     )
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(PHASES) + 2, fontsize=10)
 
 
 def is_ulfm() -> bool:

@@ -42,7 +42,8 @@ class Case(NamedTuple):
     @property
     def label(self) -> str:
         """Name the case."""
-        return f"{self.num_processes} processes, {os.cpu_count()} cores, {self.threads} threads"
+        threads = f"{self.threads} thread" + "s" * (self.threads > 1)
+        return f"{self.num_processes} processes, {os.cpu_count()} cores, {threads}"
 
 
 class Outcome(NamedTuple):
@@ -104,14 +105,16 @@ def measure(comm: MPI.Comm, case: Case, repeats: int) -> Outcome:
 
     blocking = partial(trains_beside, comm.Barrier)
     asleep = partial(trains_beside, partial(federation.sleepy_barrier, comm, _SLEEP_S))
+    turns = (package, blocking, asleep)
     package()
     training.seconds.clear()
-    for _ in range(repeats):
-        for turn in (package, blocking, asleep):
+    for repeat in range(repeats):
+        for index in range(3):
             federation.sleepy_barrier(comm, _SLEEP_S)
-            turn()
+            turns[(repeat + index) % 3]()  # each turn comes first as often
     seconds = comm.bcast(training.seconds, 1)
-    return Outcome(case, seconds[::3], seconds[1::3], seconds[2::3])
+    by_turn = [[seconds[3 * row + (turn - row) % 3] for row in range(repeats)] for turn in range(3)]
+    return Outcome(case, *by_turn)
 
 
 def _package_round(comm: MPI.Comm, training: Training) -> Callable[[], object]:

@@ -84,7 +84,7 @@ def assert_close(out, other):
 
 
 def weights(out):
-    """Return what a run has trained, by name: products of factors, whose basis means nothing, and the rest."""
+    """Return what a run has trained, by name: products of factors, since their basis is any, and the rest."""
     stored = {}
     for file in sorted(out.rglob("*_model/*.safetensors")) + sorted(out.rglob("adapter/*.safetensors")):
         stored |= load_file(file)

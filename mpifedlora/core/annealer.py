@@ -55,6 +55,16 @@ class Annealer:
             return self.budget
         return max(min(schedule.rank_min, self.budget), self.budget - self.guidance.cut_step)
 
+    @property
+    def follows_accuracy(self) -> bool:
+        """Whether the next cut still depends on what `note` is told."""
+        return self.schedule.kind == "target" and self.is_cutting
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether cuts are tried before they are sent."""
+        return self.schedule.kind == "metropolis"
+
     def note(self, accuracy: float) -> None:
         """Take the held-out accuracy of a round's model, one round late: `target` goes by it."""
         self.best_accuracy = max(self.best_accuracy, accuracy)

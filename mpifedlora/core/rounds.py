@@ -80,31 +80,12 @@ class Coordinator:
     def _no_ranks(self) -> tuple[int, ...]:
         return (0,) * len(self.shapes.modules)
 
-    @property
-    def num_rounds(self) -> int:
-        """Rounds of the run."""
-        return self.switches.schedule.num_rounds
-
     def _plan(self, round_num: int, lora_ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> RoundPlan:
         return plan_round(self.switches, round_num, lora_ranks, frozen_ranks, tuple(self.state_rounds))
 
     def plan(self, *, evaluates: bool = False) -> RoundPlan:
         """Return the plan of the next round; after the last round, of the final model."""
         return replace(self.next_plan, evaluates=evaluates)
-
-    @property
-    def follows_accuracy(self) -> bool:
-        """Whether the next cut still depends on what `note` is told."""
-        return self.switches.schedule.kind == "target" and self.annealer.is_cutting
-
-    @property
-    def needs_judge(self) -> bool:
-        """Whether cuts are tried before they are sent."""
-        return self.switches.schedule.kind == "metropolis"
-
-    def note(self, accuracy: float) -> None:
-        """Take the held-out accuracy of the last round's model, which the `target` schedule goes by."""
-        self.annealer.note(accuracy)
 
     def finish(self, updates: Sequence[ClientUpdate], judge: Judge | None = None) -> RoundReport:
         """Aggregate the round's updates, cut, and make the next plan and message ready.
@@ -142,12 +123,7 @@ class Coordinator:
         return report_round(used, admitted.outcomes, admitted.weights, aggregates, sees_factors=False)
 
     def updates(self, headers: Sequence[UpdateHeader], rows: Sequence[Tensor]) -> list[ClientUpdate]:
-        """Return what clients have trained.
-
-        Args:
-            headers: of the cohort.
-            rows: bytes of each one's values; under a float32 uplink the values are views of them.
-        """
+        """Return what clients have trained, from the bytes of their rows."""
         decode = self._combination().update
         return [decode(header, row) for header, row in zip(headers, rows, strict=True)]
 
@@ -155,7 +131,7 @@ class Coordinator:
     def streams(self) -> bool:
         """Whether the round can be finished in parts: the next plan follows from what is known now."""
         plan, switches = self.next_plan, self.switches
-        following = switches.round_scope(min(plan.round_num + 1, self.num_rounds))
+        following = switches.round_scope(min(plan.round_num + 1, switches.schedule.num_rounds))
         return switches.is_local and (plan.scope == "full") == (following == "full") and not plan.reduces
 
     def stream(
@@ -232,6 +208,7 @@ class Coordinator:
         budget = self.annealer.propose(self.next_plan.round_num)
         ranks = present if budget == self.annealer.budget else uniform(budget, self.shapes.modules)
         if self.switches.is_spectral and budget != self.annealer.budget:
+            decompose(sums, [0] * len(sums), self.switches.device)
             ranks = spectral(budget, self.shapes.modules, [part.svd.s for part in sums], present)
         decompose(sums, ranks, self.switches.device)
         is_carried = combination.is_mean and ranks != present
@@ -288,7 +265,6 @@ class Coordinator:
         return carry_variate(self.variate, before, replace(before, lora_ranks=ranks), maps)
 
     def _keep_frozen(self, opening: Opening) -> None:
-        """Keep what is frozen as it is sent."""
         if self.switches.aggregator.folds:
             return  # the directions of all rounds are no adapter of rank_max: the base weights hold them
         layout = opening.plan.segments(self.shapes).frozen

@@ -160,8 +160,9 @@ def has_private_noise(config: RunConfig) -> bool:
 
 def client_keeps_state(config: RunConfig) -> bool:
     """Say whether clients keep something between rounds."""
-    training = config.training
-    return training.personal != "none" or training.control_variates or config.transport.error_feedback
+    training, transport = config.training, config.transport
+    keeps_losses = transport.error_feedback and transport.uplink_dtype != "float32"
+    return training.personal != "none" or training.control_variates or keeps_losses
 
 
 def _learning_rate(config: RunConfig, round_num: int, scope: str) -> float:

@@ -102,7 +102,7 @@ class Server:
         """
         waiting: RoundRow | None = None
         watch = Stopwatch()
-        for _ in range(self.coordinator.num_rounds):
+        for _ in range(self.coordinator.switches.schedule.num_rounds):
             plan = self.coordinator.plan(evaluates=waiting is not None and self.evaluates_on_workers)
             metrics = self._open(plan, watch, is_measured=waiting is not None)
             if waiting is not None and metrics is not None:
@@ -115,7 +115,9 @@ class Server:
         yield self._measure_last(waiting, watch)
 
     def _is_due(self, round_num: int) -> bool:
-        return round_num % self.evaluate_every == 0 or round_num == self.coordinator.num_rounds
+        return (
+            round_num % self.evaluate_every == 0 or round_num == self.coordinator.switches.schedule.num_rounds
+        )
 
     def _open(self, plan: RoundPlan, watch: Stopwatch, *, is_measured: bool) -> Metrics | None:
         message = self.coordinator.message
@@ -124,8 +126,8 @@ class Server:
         self.started(plan)
         self.model.receive(plan, message)
         metrics = self._measure(plan) if is_measured else None
-        if plan.round_num > 1 and self.coordinator.follows_accuracy:
-            self.coordinator.note(self._held_out(plan).accuracy)
+        if plan.round_num > 1 and self.coordinator.annealer.follows_accuracy:
+            self.coordinator.annealer.note(self._held_out(plan).accuracy)
         watch.lap("evaluate_s")
         return metrics
 
@@ -184,13 +186,16 @@ class Server:
         if headers and self.pipelines and coordinator.streams and is_worth_it:
             return self._stream(plan, headers)
         updates = coordinator.updates(headers, self.transport.collect_rows(plan) if headers else [])
-        return _timed(lambda: coordinator.finish(updates, self._judge if coordinator.needs_judge else None))
+        return _timed(
+            lambda: coordinator.finish(updates, self._judge if coordinator.annealer.needs_judge else None)
+        )
 
     def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
         is_due = self._is_due(plan.round_num)
         options = {
             "evaluates": is_due and self.evaluates_on_workers,
-            "stops": plan.round_num == self.coordinator.num_rounds and not self.evaluates_on_workers,
+            "stops": plan.round_num == self.coordinator.switches.schedule.num_rounds
+            and not self.evaluates_on_workers,
         }
         aggregate_s = 0.0
         while True:

@@ -53,6 +53,12 @@ def test_constants_are_never_negative():
     assert min(bench_scaling.fit(falling, "whole")[1:4]) >= 0
 
 
+def test_errors_are_relative_so_that_short_rounds_count():
+    one, other = point(1, 1.0, megabytes=1.0), point(1, 3.0, megabytes=1.0)
+    # x with the least (x/1 - 1)^2 + (x/3 - 1)^2
+    assert bench_scaling.fit([one, other], "whole").seconds(1, 1.0) == pytest.approx(1.2)
+
+
 @pytest.mark.parametrize(
     ("workers", "clients", "round_s", "expected"),
     [(4, 16, 2.0, 1.0), (4, 16, 4.0, 0.5), (4, 4, 0.5, 1.0), (2, 4, 2.0, 0.5)],

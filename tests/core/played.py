@@ -96,7 +96,7 @@ def play(
     worker.read(coordinator.plan(), coordinator.wire)
     for round_num in range(1, NUM_ROUNDS + 1):
         if round_num > 1:
-            coordinator.note(accuracy(round_num))
+            coordinator.annealer.note(accuracy(round_num))
         updates = spoil(round_num, [worker.train(client_id) for client_id in worker.plan.cohort])
         sent, received = worker.twin(), coordinator.wire
         headers, rows = worker.send(updates)

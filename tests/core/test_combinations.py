@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from mpifedlora.core.combinations import RULES
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.method_config import RunTables
+from mpifedlora.core.methods import apply_method
 
 Switches = dict[str, Any]
 
@@ -54,6 +55,8 @@ METROPOLIS: Switches = {
     "data.validation_fraction": 0.1,
 }
 TARGET: Switches = {"annealing.schedule": "target", "data.validation_fraction": 0.1}
+REDUCE: Switches = {"transport.collect": "reduce", "federation.reproducible": False}
+FED_BACK: Switches = {"transport.error_feedback": True, "transport.uplink_dtype": "int8"}
 
 # What is taken, the change that makes no sense beside it, and a part of what is then said.
 NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
@@ -244,6 +247,99 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
         {"data.validation_fraction": 0.0},
         'evaluation.split = "validation" needs a validation part, got data.validation_fraction = 0; set',
     ),
+    # sums on the way
+    (
+        REDUCE | kind("factors"),
+        {"federation.reproducible": True},
+        'transport.collect = "reduce" needs federation.reproducible = false (the order of the sum, and so its '
+        "bits, depend on the number of workers), got true; set federation.reproducible = false, or leave "
+        "transport.collect out",
+    ),
+    (
+        REDUCE | kind("factors"),
+        kind("product"),
+        'transport.collect = "reduce" needs aggregation.kind = "factors" (only a mean of values can be added',
+    ),
+    (REDUCE | kind("factors"), kind("zero-pad"), 'got "zero-pad"; set aggregation.kind = "factors"'),
+    (REDUCE | FULL | kind("stack"), {**ONE_STAGE, "training.scope": "adapter"}, 'got "stack"; set aggr'),
+    (
+        REDUCE | kind("factors") | {"aggregation.weights": "equal"},
+        {"aggregation.weights": "frobenius"},
+        'transport.collect = "reduce" needs aggregation.weights = "examples" or "equal" (only a mean',
+    ),
+    (
+        REDUCE | kind("factors"),
+        {"aggregation.robust": "krum"},
+        'transport.collect = "reduce" needs aggregation.robust = "none" (only a mean',
+    ),
+    (
+        REDUCE | FULL,
+        {"aggregation.norm_bound": 1.0},
+        'transport.collect = "reduce" must stand without aggregation.norm_bound (only a mean of values can be '
+        "added up on the way), got aggregation.norm_bound = 1.0; leave aggregation.norm_bound or "
+        "transport.collect out",
+    ),
+    (
+        REDUCE | FULL | {"aggregation.weights": "equal"},
+        {"privacy.clip_norm": 1.0},
+        "must stand without privacy.clip_norm (the server clips each update again), got privacy.clip_norm = 1",
+    ),
+    (REDUCE | FULL, SCAFFOLD, 'transport.collect = "reduce" needs training.control_variates = false ('),
+    (
+        REDUCE | FULL | {"transport.downlink_dtype": "int8"},
+        {"transport.uplink_dtype": "bfloat16"},
+        'needs transport.uplink_dtype = "float32" (MPI adds up floats), got "bfloat16"; set',
+    ),
+    # rounding
+    (
+        SCAFFOLD | FULL,
+        {"transport.downlink_dtype": "bfloat16"},
+        'transport.downlink_dtype = "bfloat16" needs training.control_variates = false (variates are kept, '
+        "and their rounding would add up), got true; set training.control_variates = false, or leave "
+        "transport.downlink_dtype out",
+    ),
+    (SCAFFOLD | FULL, {"transport.uplink_dtype": "int8"}, 'transport.uplink_dtype = "int8" needs training.c'),
+    (
+        kind("stack") | {"transport.downlink_dtype": "float16"},
+        {"transport.downlink_dtype": "int8"},
+        'transport.downlink_dtype = "int8" needs aggregation.kind = "product", "factors" or "zero-pad" (an '
+        'exact sum is what stack and residual are for), got "stack"; set aggregation.kind = "product"',
+    ),
+    (
+        {"transport.uplink_dtype": "int8"},
+        kind("residual"),
+        'transport.uplink_dtype = "int8" needs aggregation',
+    ),
+    # losses that are added later
+    (
+        FED_BACK | kind("factors"),
+        kind("product"),
+        'transport.error_feedback = true needs aggregation.kind = "factors" (every SVD gives a new basis, so '
+        'losses of the last round mean nothing), got "product"; set aggregation.kind = "factors", or leave '
+        "transport.error_feedback out",
+    ),
+    (FED_BACK | kind("factors"), kind("zero-pad"), "and losses would take them for one"),
+    (FED_BACK | B_ONLY, {"training.scope": "alternating"}, "(losses of the last round belong to the other"),
+    (
+        PERSONAL | {"transport.uplink_dtype": "int8"},
+        FED_BACK,
+        "error_feedback = true needs training.personal",
+    ),
+    (
+        FED_BACK | FULL,
+        {"transport.uplink_dtype": "float32"},
+        "transport.error_feedback = true needs a wire dtype that rounds, got transport.uplink_dtype = "
+        '"float32" and transport.downlink_dtype = "float32"; set one of them, for example to "int8", or leave '
+        "transport.error_feedback out",
+    ),
+    # compilation
+    (
+        {"training.compile": True, "federation.reproducible": False},
+        {"federation.reproducible": True},
+        "training.compile = true needs federation.reproducible = false (compiled kernels give other bits than "
+        "eager ones, and on other machines), got true; set federation.reproducible = false, or leave "
+        "training.compile out",
+    ),
 ]
 
 
@@ -285,6 +381,18 @@ def test_every_rule_refuses_something() -> None:
         TARGET | {"annealing.cut": "freeze"},
         ALTERNATING | {"aggregation.robust": "krum", "aggregation.norm_bound": 1.0},
         {"federation.sampling": "poisson", "federation.cohort_size": 8},
+        REDUCE | FULL | FEDADAM | kind("stack"),
+        REDUCE | ALTERNATING | {"transport.downlink_dtype": "int8", "transport.reduce_dtype": "float64"},
+        REDUCE | PERSONAL,
+        {
+            "transport.collect": "auto",
+            "transport.uplink_dtype": "bfloat16",
+            "transport.downlink_dtype": "int8",
+        },
+        FULL | kind("residual") | {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "float16"},
+        FED_BACK | B_ONLY | {"initiating.scope": "full"},
+        FULL | kind("product") | {"transport.error_feedback": True, "transport.downlink_dtype": "bfloat16"},
+        PRIVATE | FED_BACK | FULL,
     ],
 )
 def test_combinations_that_make_sense_are_taken(switches: Switches) -> None:
@@ -292,6 +400,12 @@ def test_combinations_that_make_sense_are_taken(switches: Switches) -> None:
     for key, value in switches.items():
         section, _, name = key.partition(".")
         assert getattr(getattr(config, section), name) == value
+
+
+def test_a_preset_with_an_exact_sum_is_not_sent_as_int8() -> None:
+    tables = tables_of({"federation.method": "flora", "transport.uplink_dtype": "int8"})
+    with pytest.raises(ValidationError, match=r"an exact sum is what stack .*got \"stack\""):
+        RunConfig.model_validate(apply_method(tables)[0])
 
 
 @pytest.mark.parametrize("value", ["product", "factors", "zero-pad", "stack", "residual"])

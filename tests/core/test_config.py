@@ -83,6 +83,15 @@ def test_values_are_fixed() -> None:
         ("privacy", "delta", 0.0),
         ("privacy", "delta", 1.0),
         ("privacy", "noise_seed", -1),
+        ("training", "compile", 1),
+        ("transport", "collect", "gatherv"),
+        ("transport", "pipeline", 1),
+        ("transport", "chunk_bytes", 0),
+        ("transport", "uplink_dtype", "float8"),
+        ("transport", "downlink_dtype", "half"),
+        ("transport", "error_feedback", "true"),
+        ("transport", "reduce_dtype", "bfloat16"),
+        ("transport", "gpu_buffers", "pinned"),
     ],
 )
 def test_wrong_values_are_refused(section: str, key: str, value: Any) -> None:
@@ -107,6 +116,7 @@ def test_wrong_values_are_refused(section: str, key: str, value: Any) -> None:
         ("server_optimizer", "beta1", 0.0),
         ("privacy", "noise_multiplier", 0),
         ("data", "partition", "quantity"),
+        ("transport", "chunk_bytes", 1),
     ],
 )
 def test_values_at_the_edge_are_taken(section: str, key: str, value: Any) -> None:

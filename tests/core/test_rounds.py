@@ -956,7 +956,7 @@ def test_a_plan_can_ask_for_evaluation_and_the_last_one_stops(case: Case) -> Non
     for played in federation(case):
         stop = played.coordinator.plan(evaluates=True).stopped()
         assert (stop.stops, stop.evaluates, stop.message_values(SHAPES)) == (True, False, 0)
-    assert coordinator.num_rounds == NUM_ROUNDS
+    assert coordinator.switches.schedule.num_rounds == NUM_ROUNDS
 
 
 def test_restarts_differ_from_round_to_round_and_initial_adapters_from_seed_to_seed() -> None:

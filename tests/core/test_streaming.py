@@ -131,7 +131,7 @@ def rounds_of(case: Case, hidden: Sequence[int] = ()) -> Iterator[Arrived]:
         worker.read(whole.plan(), whole.wire)
         if round_num > 1:
             for coordinator in (whole, *by_parts.values()):
-                coordinator.note(0.9 if round_num < 7 else 0.1)
+                coordinator.annealer.note(0.9 if round_num < 7 else 0.1)
         updates = [spoilt(one, hidden) for one in map(worker.train, worker.plan.cohort)]
         headers, rows = worker.send(updates[::-1])
         received = {part_bytes: coordinator.wire for part_bytes, coordinator in by_parts.items()}

@@ -1,5 +1,6 @@
 """Runs as users start them: real processes, real kills, real bad input."""
 
+import json
 import os
 import re
 import resource
@@ -40,16 +41,13 @@ def run(folder, out, *settings, overwrite=False):
 def start(folder, out, *settings, processes=0, env=None, **options):
     command = [*PROGRAM, "run", str(folder / "run.toml"), "--out", str(out)]
     command += [part for setting in settings for part in ("--set", setting)]
+    return spawn(command, processes, env, **options)
+
+
+def spawn(command, processes=0, env=None, **options):
     if processes:
-        command = [
-            "bash",
-            "-c",
-            '. tests/mpi_env.sh && exec "$0" "$@"',
-            "mpirun",
-            "-n",
-            str(processes),
-            *command,
-        ]
+        mpirun = ["mpirun", "-n", str(processes)]
+        command = ["bash", "-c", '. tests/mpi_env.sh && exec "$0" "$@"', *mpirun, *command]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -78,6 +76,9 @@ def test_leaves_results_adapter_and_run_file(folder, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "results.h5", "run.toml"]
     results = read_results(out / "results.h5")
     assert results.status == "finished"
+    info = results.info
+    assert (info.collect, info.gpu_buffers) == ("handed over", "none")
+    assert (info.uplink_dtype, info.downlink_dtype) == ("float32", "float32")
     assert results.rounds["round_num"].tolist() == [1, 2, 3, 4]
     assert (np.diff(results.rounds["uplink_bytes"]) <= 0).all()
     assert results.rounds["uplink_bytes"][-1] < results.rounds["uplink_bytes"][0]
@@ -85,6 +86,34 @@ def test_leaves_results_adapter_and_run_file(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("round ") >= 4
     assert "less sent" in printed
+    assert "updates are handed over in memory; ready " in printed
+
+
+def test_wire_dtypes_are_told_and_send_less(folder, tmp_path, capsys):
+    dtypes = ("transport.uplink_dtype=int8", "transport.downlink_dtype=bfloat16")
+    assert run(folder, tmp_path / "run", "federation.method=fedit", *dtypes, "federation.num_rounds=2") == 0
+    results = read_results(tmp_path / "run" / "results.h5")
+    assert (results.info.uplink_dtype, results.info.downlink_dtype) == ("int8", "bfloat16")
+    assert ", as int8 up and bfloat16 down; ready " in capsys.readouterr().out
+    # Rank 4: 8 scales and 256 values in 8 modules, 8 and 384 in 4; a head of 3 rows of 32 and 3 values.
+    up = 8 * (8 * 4 + 256) + 4 * (8 * 4 + 384) + (3 * 4 + 96) + (4 + 3)
+    values = 8 * 256 + 4 * 384 + 99
+    assert results.rounds["uplink_bytes"].tolist() == [4 * (128 + up)] * 2
+    assert results.rounds["downlink_bytes"].tolist() == [4 * (128 + 96), 4 * (128 + 96 + 2 * values)]
+
+
+@pytest.mark.parametrize("uplink", ["int8", "float32"])
+def test_error_feedback_keeps_what_the_clients_have_lost(folder, tmp_path, uplink):
+    out = tmp_path / "run"
+    settings = (f"transport.uplink_dtype={uplink}", "transport.downlink_dtype=int8")
+    feedback = ("federation.method=fedit", "transport.error_feedback=true", "federation.num_rounds=2")
+    assert run(folder, out, *feedback, *settings) == 0
+    kept = [f"client-{client:05d}.round-00002.safetensors" for client in range(4)]
+    if uplink == "float32":  # then only the server has lost anything
+        assert not (out / "client_states").exists()
+    else:
+        assert file_names(out / "client_states") == kept
+        assert set(load_file(out / "client_states" / kept[0])) == {"lost"}
 
 
 def test_training_learns(folder, tmp_path):
@@ -128,6 +157,12 @@ def test_a_folder_with_a_run_is_refused_unless_overwritten(folder, tmp_path):
         (["federation.cohort_size=5"], ConfigError, "cohort_size must be at most num_clients"),
         (["evaluation.split=validation"], ConfigError, "needs a validation part"),
         (["federation.num_clients=100000"], DataError, "clients"),
+        (
+            ["transport.chunk_bytes=1535"],  # 4 * (32 + 64) values of 4 bytes
+            ConfigError,
+            r"chunk_bytes must hold the largest module's A and B, 1536 bytes .*, got 1535; raise it",
+        ),
+        (["transport.collect=reduce"], ConfigError, "needs federation.reproducible = false"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -479,22 +514,56 @@ def test_an_exception_on_a_worker_ends_the_job_with_its_name(tmp_path, processes
     assert "Traceback" in output
 
 
+# Several federations in one launch, each on a communicator of its own.
+MONITORED = """
+import json, sys
+from pathlib import Path
+from mpi4py import MPI
+from mpifedlora.runtime import launch
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+for name, settings in json.loads(sys.argv[3]).items():
+    settings = [*settings, "federation.num_rounds=2"]
+    assert launch.run(folder / "run.toml", settings, out / name, False, comm=MPI.COMM_WORLD) == 0
+"""
+PARTS = "transport.chunk_bytes=1536"
+COUNTED = {
+    "in parts": [PARTS],
+    "measured on workers": [PARTS, "evaluation.on=workers", "transport.uplink_dtype=int8"],
+    "more to send": ["federation.method=fedavg", "federation.cohort_size=3", "transport.chunk_bytes=1"],
+    "whole": ["transport.pipeline=false"],
+    "summed": [
+        "federation.method=fedit",
+        "federation.reproducible=false",
+        "transport.collect=reduce",
+        "transport.reduce_dtype=float64",
+    ],
+}
+
+
 @pytest.mark.slow
 def test_open_mpi_counts_the_same_bytes(folder, tmp_path):
-    """The ledger against the MPI library's own monitoring of its collectives."""
+    """The bytes of every kind of collect against the MPI library's own monitoring of its collectives."""
+    started = time.monotonic()
     env = {
         "OMPI_MCA_pml_monitoring_enable": "2",
         "OMPI_MCA_pml_monitoring_enable_output": "3",
         "OMPI_MCA_pml_monitoring_filename": str(tmp_path / "monitor"),
     }
-    code, output = finish(start(folder, tmp_path / "run", processes=3, env=env))
+    command = [sys.executable, "-c", MONITORED, str(folder), str(tmp_path), json.dumps(COUNTED)]
+    code, output = finish(spawn(command, 3, env), seconds=240)
     assert code == 0, output
+    infos = [read_results(tmp_path / name / "results.h5").info for name in COUNTED]
+    kinds = ["gather in parts"] * 3 + ["gather", "reduce"]
+    assert [info.collect for info in infos] == kinds
+    # Counted from mpirun's start.
+    assert 0.5 < infos[0].startup_s < infos[-1].startup_s < time.monotonic() - started + 0.1
     if not (tmp_path / "monitor.0.prof").exists():
         pytest.skip("needs Open MPI's monitoring component")
-    ours = (tmp_path / "monitor.0.prof").read_text().split(" DUP FROM ")[1].split("\nD")[0]
-    one_to_all, all_to_one = (int(re.search(rf"{kind}\t0\t(\d+) bytes", ours)[1]) for kind in ("O2A", "A2O"))
-    results = read_results(tmp_path / "run" / "results.h5")
-    assert results.rounds["mpi_bytes"].sum() == one_to_all + all_to_one
+    text = (tmp_path / "monitor.0.prof").read_text()
+    pattern = r"MPI COMM (\d+) DUP FROM .*\nO2A\t0\t(\d+) bytes.*\nA2O\t0\t(\d+) bytes"
+    counted = sorted(tuple(map(int, found)) for found in re.findall(pattern, text))
+    ours = [read_results(tmp_path / name / "results.h5").rounds["mpi_bytes"].sum() for name in COUNTED]
+    assert [one_to_all + all_to_one for _, one_to_all, all_to_one in counted] == ours
 
 
 @pytest.mark.slow

@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +12,13 @@ from torch.nn import functional
 
 from mpifedlora.core.batches import batch_indices
 from mpifedlora.core.seeding import numpy_generator
+from mpifedlora.errors import ConfigError
 from mpifedlora.io.datasets import read_dataset
 from mpifedlora.training.base import build_base
 from mpifedlora.training.local import Drift, LocalSettings, predict, train_client
 from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = LocalSettings(
     batch_size=4,
     local_steps=5,
@@ -553,3 +559,52 @@ def test_predictions_come_in_the_order_of_the_batches(model, task, examples):
     single = [predict(model, task, examples, [np.array([index])], "float32")[0] for index in (5, 3, 0)]
     assert torch.allclose(rows, torch.stack(single), atol=1e-4)
     assert predict(model, task, examples, [], "float32").shape == (0, 2)
+
+
+# compiled
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_like_the_plain_one(tiny_model_folder, task, examples):
+    """At two ranks, and in two clients' buffers of the same rank."""
+    adapted = [f"layer.1.{name}.dense" for name in ("intermediate", "output")]
+    plain, compiled = (build_model(tiny_model_folder, target_modules=adapted) for _ in range(2))
+    compiled.compile()
+    made = []
+    forward = compiled._compiled
+    compiled._compiled = lambda **batch: made.append(1) or forward(**batch)
+    for lora_rank, client_id in ((3, 0), (3, 1), (2, 0)):
+        plan = make_plan(plain, lora_rank, learning_rate=1e-3, workers=(0, 0))
+        start(plain, plan)
+        compiled.state = plain.state.clone()
+        wanted, values = train(plain, task, examples, SETTINGS, plan, client_id)
+        result, got = train(compiled, task, examples, SETTINGS, plan, client_id)
+        assert (got - values).abs().max() <= 1e-5
+        assert (values - plain.state).abs().max() >= 5e-4
+        assert result.train_loss == pytest.approx(wanted.train_loss, rel=1e-5)
+    assert len(made) == 3 * SETTINGS.local_steps
+    compiled.bind(plan, got)
+    predict(compiled, task, examples, [np.arange(4)], "float32")
+    assert len(made) == 3 * SETTINGS.local_steps  # measuring is not compiled
+
+
+def test_compiling_without_a_compiler_is_refused(model, monkeypatch):
+    def fail(function):
+        raise RuntimeError("No working C++ compiler found in ('g++',)\nand much more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ConfigError, match=r"got No working C\+\+ compiler .*\(cpu\); install g\+\+"):
+        model.compile()
+    assert model._compiled is None
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_found(tiny_model_folder, tmp_path):
+    code = (
+        "from pathlib import Path; from support import build_model; "
+        f"build_model(Path({str(tiny_model_folder)!r})).compile()"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ConfigError: training.compile = true needs a compiler that torch can use" in ended.stderr

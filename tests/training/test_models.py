@@ -190,9 +190,7 @@ SCOPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in SCOPES), ("frozen", "bfloat16")]
-)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in SCOPES), ("frozen", "bfloat16")])
 def test_frozen_weights_get_no_gradient(tiny_model_folder, name, dtype):
     model = build_model(tiny_model_folder, dtype=dtype)
     plan = make_plan(model, 2, **SCOPES[name])
@@ -202,23 +200,17 @@ def test_frozen_weights_get_no_gradient(tiny_model_folder, name, dtype):
     model.bind(plan, flat, grad, 0)
     model.train(True)
     functional.cross_entropy(model(BATCH), LABELS).backward()
-    held = {parameter.grad.data_ptr() for parameter in model.peft_model.parameters() if parameter.grad is not None}
-    assert held == set(addresses_of(views_of(layout, grad)))
-    requiring = {value.data_ptr() for value in model.peft_model.parameters() if value.requires_grad}
-    assert requiring == set(addresses_of(views_of(layout, flat)))
-
-
-def views_of(layout, flat):
-    factors = [getattr(pair, part) for pair in layout.factors(flat) for part in layout.parts]
-    return factors + layout.whole_tensors(flat)
-
-
-def addresses_of(tensors):
-    return [tensor.data_ptr() for tensor in tensors]
+    parameters = list(model.peft_model.parameters())
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    requiring = [parameter for parameter in parameters if parameter.requires_grad]
+    for tensors, buffer in ((grads, grad), (requiring, flat)):
+        factors = [getattr(pair, part) for pair in layout.factors(buffer) for part in layout.parts]
+        views = factors + layout.whole_tensors(buffer)
+        assert {tensor.data_ptr() for tensor in tensors} == {view.data_ptr() for view in views}
 
 
 class Kept:
-    """Storages that autograd keeps for backward, but for the model's own weights; and where each came from."""
+    """Storages that autograd keeps, but for the model's own weights, and those of modules' outputs."""
 
     def __init__(self, model):
         self.weights = {value.untyped_storage().data_ptr() for value in model.peft_model.parameters()}
@@ -243,7 +235,7 @@ class Kept:
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-def kept_in_training(folder, target_modules, batch=BATCH):
+def kept_in_training(folder, target_modules):
     """Make a forward pass, and return what is kept of it."""
     model = build_model(folder, target_modules=target_modules)
     plan = make_plan(model)
@@ -255,7 +247,7 @@ def kept_in_training(folder, target_modules, batch=BATCH):
     for name, module in encoder.named_modules():
         module.register_forward_hook(kept.note(name))
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda value: value):
-        kept.loss = functional.cross_entropy(model(batch), LABELS)
+        kept.loss = functional.cross_entropy(model(BATCH), LABELS)
     return kept
 
 
@@ -268,18 +260,36 @@ def test_nothing_below_the_first_adapted_layer_is_kept(tiny_model_folder):
         for name, storage in kept.outputs.items()
         if name and not name.startswith(("encoder.layer.1.intermediate", "encoder.layer.1.output"))
     }
-    inside = {storage.data_ptr() for name, storage in below.items() if not storage.data_ptr() == below[first].data_ptr()}
+    inside = {storage.data_ptr() for storage in below.values()} - {below[first].data_ptr()}
     assert len(inside) > 12
     assert below[first].data_ptr() in kept.storages
     assert not inside & set(kept.storages)
 
 
-def test_what_is_kept_is_the_share_of_the_layers_from_the_first_adapted_on(tiny_model_folder):
-    """A layer of 3 texts of 5 tokens, rank 4, hidden size 32, intermediate 64 keeps, in values of 4 bytes."""
-    only_last = [f"encoder.encoder.layer.1.{name}" for name in EVERY_LINEAR]
-    both = kept_in_training(tiny_model_folder, "all-linear").num_bytes
-    last = kept_in_training(tiny_model_folder, only_last).num_bytes
-    assert last < 0.6 * both
+LAYER = "encoder.encoder.layer.1."
+PARTS = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "num_narrow", "num_wide"),
+    [
+        # A layer: its input, q, k, v, attention's output, twice the input of a LayerNorm, and the first
+        # one's output; the wide input of the activation, and its output for the next A.
+        ("all-linear", 2 * 8, 2 * 2),
+        ([LAYER + part for part in PARTS], 8, 2),
+        ([LAYER + "intermediate.dense"], 2, 1),
+        ([LAYER + "output.dense"], 1, 1),
+    ],
+    ids=["both-layers", "last-layer", "its-mlp", "its-last-linear"],
+)
+def test_what_is_kept_is_what_gradients_need(tiny_model_folder, target_modules, num_narrow, num_wide):
+    """3 texts of 5 tokens, hidden size 32, intermediate size 64."""
+    kept = kept_in_training(tiny_model_folder, target_modules)
+    sizes = [storage.nbytes() // 4 for storage in kept.storages.values()]
+    assert sizes.count(3 * 5 * 32) == num_narrow
+    assert sizes.count(3 * 5 * 64) == num_wide
+    rest = [size for size in sizes if size not in (3 * 5 * 32, 3 * 5 * 64)]
+    assert max(rest) <= 3 * 32  # the pooled features; scores, masks and what has the LoRA rank are smaller
 
 
 # partial messages

@@ -6,7 +6,7 @@ import pytest
 from federations import HEADER_DOWN, HEADER_UP, values_of
 
 from mpifedlora.io.results import read_results
-from mpifedlora.runtime import launch, worker
+from mpifedlora.runtime import federation, launch, worker
 
 FEDIT, FEDAVG = "federation.method=fedit", "federation.method=fedavg"
 INT8 = ["transport.uplink_dtype=int8", "transport.downlink_dtype=int8"]
@@ -123,6 +123,15 @@ def test_sums_on_the_way_give_what_gathering_gives(comm, folder, name, dtype):
     assert np.isnan(found.rounds["aggregation_error"]).all()  # nobody has seen the single updates
     assert found.clients["outcome"].tolist() == wanted.clients["outcome"].tolist()
     federations.assert_close(out, gathered)
+
+
+def test_updates_that_do_not_fit_into_memory_are_added_up_and_that_is_told(comm, folder, monkeypatch, capfd):
+    monkeypatch.setattr(federation, "available_bytes", lambda: 1)
+    settings = [FEDIT, FREE, "federation.num_rounds=1", "initiating.rounds=0"]
+    out = federations.federate(folder, "too large", settings, comm)
+    if comm.rank == 0 and comm.size > 1:
+        assert read_results(out / "results.h5").info.collect == "reduce"
+        assert "updates are added up on the way to the server; ready " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["freeze", "drop", "fedit", "fedavg", "full initiating"])
