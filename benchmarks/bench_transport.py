@@ -124,10 +124,11 @@ class PackageServer:
 
     def round(self) -> None:
         """Collect, take the mean and broadcast it, in a pipeline."""
-        plan = self.coordinator.next_plan
+        plan, received = self.coordinator.next_plan, self.coordinator.wire
         stream = self.coordinator.stream(self.transport.collect_headers(plan))
         self.transport.stream(plan, stream)
         self.coordinator.commit(stream)
+        self.coordinator.spare = received  # as the package's server does
 
 
 def measure(comm: MPI.Comm, megabytes: float, repeats: int) -> Point:

@@ -570,7 +570,7 @@ SOUND = [
     (nothing_read_is_run, "transport.mpi", "from mpi4py import MPI\nMPI.COMM_WORLD.Bcast([])"),
     (nothing_read_is_run, "transport.inprocess", "def f(transport):\n    transport.gather()"),
     (words_are_the_fields_own, "core.lowrank", "lora_rank = rank_min = mpi_rank = lora_ranks = comm.rank"),
-    (roles_are_handed_over, "transport.mpi", "if comm.rank == 0: pass"),
+    (roles_are_handed_over, "transport.mpi.joining", "if comm.rank == 0: pass"),
     (roles_are_handed_over, "core.lowrank", "if lora_rank == 0 or not layer.lora_rank or rank_min > 0: pass"),
     (
         everything_public_has_a_docstring,

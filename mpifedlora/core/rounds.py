@@ -107,19 +107,22 @@ class Coordinator:
         headers = [part.update for part in used]
         return report_round(headers, outcomes, weights, aggregates, sees_factors=not self.switches.keeps_b)
 
-    def finish_sum(self, headers: Sequence[UpdateHeader], total: Tensor) -> RoundReport:
+    def finish_sum(
+        self, headers: Sequence[UpdateHeader], total: Tensor, judge: Judge | None = None
+    ) -> RoundReport:
         """Finish a round from the weighted sum of the finite updates' values, which is divided here.
 
         Args:
             headers: of the cohort, any order.
             total: (row_values,), sum of num_examples, or 1, times values.
+            judge: as in `finish`.
         """
         admitted = admit(self.switches, headers)
         used, counts = admitted.used, [self.switches.counts(header) for header in admitted.used]
         mean, combination = total.div_(sum(counts) or 1).float(), self._combination()
         self._remember(used)
         parts = [combination.contribution(ClientUpdate(**vars(header), values=mean)) for header in used[:1]]
-        aggregates = self._advance(combination, parts, [1.0] * len(parts), None)
+        aggregates = self._advance(combination, parts, [1.0] * len(parts), judge)
         return report_round(used, admitted.outcomes, admitted.weights, aggregates, sees_factors=False)
 
     def updates(self, headers: Sequence[UpdateHeader], rows: Sequence[Tensor]) -> list[ClientUpdate]:

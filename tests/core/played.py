@@ -100,11 +100,12 @@ def play(
         updates = spoil(round_num, [worker.train(client_id) for client_id in worker.plan.cohort])
         sent, received = worker.twin(), coordinator.wire
         headers, rows = worker.send(updates)
+        judges = None if judge is None else partial(judge, sent)
         if sent.plan.reduces:
-            report = coordinator.finish_sum(headers, rows.total)
+            report = coordinator.finish_sum(headers, rows.total, judges)
         else:
             updates = coordinator.updates(headers, [rows.wire(index) for index in range(len(rows))])
-            report = coordinator.finish(updates, None if judge is None else partial(judge, sent))
+            report = coordinator.finish(updates, judges)
         coordinator.spare = received.fill_(JUNK)
         worker.read(coordinator.plan(), coordinator.wire)
         after = _snapshot(coordinator)

@@ -54,6 +54,7 @@ OTHERS: dict[str, Any] = {
     "keeps_b": True,
     "keeps_head": True,
     "has_variates": True,
+    "reduces": True,
     "evaluates": True,
     "stops": True,
     "learning_rate": 0.1,

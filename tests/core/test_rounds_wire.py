@@ -9,24 +9,27 @@ from dataclasses import replace
 import pytest
 import torch
 from core.cases import (
+    ADAM,
     ALTERNATING,
     B_ONLY,
     CASES,
     FULL,
+    MOMENTUM,
     NUM_ROUNDS,
     PERSONAL,
     SHAPES,
     Case,
     over,
 )
-from core.played import Played, distance, exported_model, federation, play
+from core.played import distance, exported_model, federation, play
 from core.played_worker import PlayedWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mpifedlora.core.aggregation import AGGREGATORS
-from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
+from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape, copy_common
+from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.switches import Switches
@@ -60,21 +63,11 @@ def test_a_rounded_update_arrives_close_to_what_was_trained(case: Case) -> None:
         for update in played.updates:
             shared = played.plan.shared_layout(SHAPES, update.client_id)
             trained = played.plan.trained_layout(SHAPES, update.client_id)
-            sent = torch.zeros(shared.num_values)
-            for mine, theirs in zip(
-                shared.factors(sent), trained.factors(trained_by(played, update)), strict=True
-            ):
-                mine.a.copy_(theirs.a[: mine.a.shape[0]])
-                mine.b.copy_(theirs.b[:, : mine.b.shape[1]])
-            if shared.whole:
-                shared.whole_values(sent).copy_(trained.whole_values(trained_by(played, update)))
+            values = played.sent.trained[update.client_id]
+            sent = copy_common(trained, values, shared, torch.zeros(shared.num_values))
             error = (update.values - sent).abs().max()
             # A change is 0.3 times a normal number.
             assert 0 < float(error) < UNIT_ROUNDOFF[case.uplink] * 0.3 * 5
-
-
-def trained_by(played: Played, update: ClientUpdate) -> Tensor:
-    return played.sent.trained[update.client_id]
 
 
 # Error feedback.
@@ -163,6 +156,8 @@ REDUCED = [
     replace(FULL, cohort_size=3, weights="equal"),
     *PERSONAL,
     Case("factors", probability=0.25, seed=1),
+    Case("factors", optimizer=ADAM),
+    replace(FULL, optimizer=MOMENTUM),
 ]
 
 
@@ -184,6 +179,18 @@ def without_client_4(_: int, updates: list[ClientUpdate]) -> list[ClientUpdate]:
         replace(one, values=one.values * math.nan, is_finite=False) if one.client_id == 4 else one
         for one in updates
     ]
+
+
+@pytest.mark.parametrize("rise", [0.0, 1e9])
+def test_a_cut_of_a_summed_round_is_judged(rise: float) -> None:
+    def judge(worker: PlayedWorker, plan: RoundPlan, message: Tensor) -> float:
+        return rise * (plan.lora_ranks != worker.plan.lora_ranks)
+
+    case = Case("factors", False, schedule="metropolis")
+    history = zip(play(replace(case, reduces=True), judge=judge), play(case, judge=judge), strict=True)
+    ranks = [(played.plan.lora_ranks, wanted.plan.lora_ranks) for played, wanted in history]
+    assert all(one == other for one, other in ranks)
+    assert (ranks[-1][0] == (4, 3, 4)) == (rise > 0)
 
 
 @over([Case("factors"), FULL])

@@ -27,7 +27,6 @@ RUNS = {
     "fedit": [FEDIT],
     "factors with cuts": ["federation.method=custom", "aggregation.kind=factors"],
     "fedavg": [FEDAVG],
-    "fedprox": ["federation.method=fedprox"],
     "full initiating": ["initiating.scope=full", "initiating.rounds=2", SMALL],
     "cohort": ["federation.cohort_size=2", "federation.num_rounds=6"],
     "full cohort": ["federation.cohort_size=2", "initiating.scope=full", "federation.num_rounds=6"],

@@ -1,0 +1,195 @@
+"""Time local training against a plain loop of PyTorch and PEFT, on 20 Newsgroups.
+
+    python benchmarks/bench_local.py [--quick] [--json FILE]
+
+MiniLM, LoRA of rank 16 on all linear layers, batches of 16 posts of up to 128 tokens (4 with --quick), one
+thread. Both sides take their batches from the same function, in turn in one process. The plain loop is what
+PEFT's documentation shows: AdamW (fused) over the parameters, `clip_grad_norm_`, `zero_grad(set_to_none=True)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+
+from mpifedlora.core.batches import batch_indices, length_batches
+from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.seeding import numpy_generator
+from mpifedlora.io.datasets import read_dataset
+from mpifedlora.io.token_cache import cached_tokens
+from mpifedlora.runtime.setup import model_path, quiet_libraries
+from mpifedlora.training.base import build_base
+from mpifedlora.training.lora_layers import find_linears
+from mpifedlora.training.local import LocalSettings, train_client
+from mpifedlora.training.models import FederatedModel
+from mpifedlora.training.tasks import ClassificationTask, EncodedExamples, load_tokenizer
+
+NUM_LABELS, LORA_RANK, ALPHA, LEARNING_RATE, GRAD_CLIP = 20, 16, 32.0, 1e-3, 1.0
+MAX_LENGTH = 128
+NUM_BUCKETS = 8  # batches that stand for an epoch over all posts
+
+
+class Ours:
+    """`train_client`, as a worker calls it."""
+
+    def __init__(self, task: ClassificationTask) -> None:
+        base = build_base(model_path("minilm"), num_labels=NUM_LABELS, dropout=0.0)
+        self.task = task
+        self.model = FederatedModel(base, rank_max=LORA_RANK, alpha=ALPHA, device=str(task.device))
+        num_modules = len(self.model.shapes.modules)
+        ranks, none = (LORA_RANK,) * num_modules, (0,) * num_modules
+        self.plan = RoundPlan(1, "annealing", "adapter", ranks, none, (0,), learning_rate=LEARNING_RATE)
+        self.model.receive(self.plan, torch.empty(0))
+        self.values = torch.empty(self.plan.row_values(self.model.shapes, 0))
+
+    def train(self, examples: EncodedExamples, settings: LocalSettings) -> float:
+        """Train one client; return its mean loss."""
+        return train_client(self.model, self.task, examples, settings, self.plan, 0, self.values).train_loss
+
+
+class Plain:
+    """The same training, written with PEFT's own model and parameters."""
+
+    def __init__(self, task: ClassificationTask) -> None:
+        base = build_base(model_path("minilm"), num_labels=NUM_LABELS, dropout=0.0)
+        names = list(find_linears(base.module, "all-linear", base.head_names))
+        config = LoraConfig(
+            r=LORA_RANK, lora_alpha=ALPHA, target_modules=names, modules_to_save=[*base.head_names]
+        )
+        self.task = task
+        self.model: Any = get_peft_model(base.module, config).to(task.device).train()
+        self.trained = [value for value in self.model.parameters() if value.requires_grad]
+
+    def train(self, examples: EncodedExamples, settings: LocalSettings) -> float:
+        """Take the steps that `Ours.train` takes; return the mean loss."""
+        optimizer = torch.optim.AdamW(self.trained, LEARNING_RATE, weight_decay=0.0, fused=True)
+        sizes = len(examples), settings.batch_size, settings.local_steps, settings.local_epochs
+        losses = []
+        for indices in batch_indices(*sizes, numpy_generator(settings.seed, "batches", 1, 0)):
+            batch, labels = self.task.collate(examples, indices)
+            optimizer.zero_grad(set_to_none=True)
+            with _autocast(settings.precision, self.task.device):
+                logits = self.model(**batch).logits
+            loss = functional.cross_entropy(logits.float(), labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.trained, GRAD_CLIP)
+            optimizer.step()
+            losses.append(loss.detach())
+        return float(torch.stack(losses).mean())
+
+
+def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _read(task: ClassificationTask) -> EncodedExamples:
+    train = read_dataset("20newsgroups").train
+    return task.encode(train.texts, train.labels)
+
+
+def _stand_in(examples: EncodedExamples, batch_size: int) -> EncodedExamples:
+    """Return a few posts whose batches by length are spread evenly over those of all posts."""
+    batches = length_batches(examples.lengths, batch_size)
+    places = (np.arange(NUM_BUCKETS) + 0.5) * len(batches) / NUM_BUCKETS
+    return examples.take(np.concatenate([batches[place] for place in places.astype(np.int64)]))
+
+
+class Bench:
+    """What is compared, and how often."""
+
+    def __init__(self, quick: bool) -> None:
+        quiet_libraries()
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        self.quick, self.batch_size = quick, 4 if quick else 16
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        task = ClassificationTask(load_tokenizer(model_path("minilm")), MAX_LENGTH, device, cached_tokens)
+        self.ours, self.plain, self.posts = Ours(task), Plain(task), _read(task)
+        self.report = common.Report("bench_local")
+        self.sizes = f"{self.batch_size} x {MAX_LENGTH} tokens"
+
+    def settings(self, precision: str, num_steps: int) -> LocalSettings:
+        return LocalSettings(
+            self.batch_size, num_steps, None, "adamw", 0.0, 0.0, GRAD_CLIP, precision, seed=0
+        )
+
+    def precision(self, precision: str, num_steps: int, repeats: int) -> None:
+        """Compare on the same batches."""
+        settings = self.settings(precision, num_steps)
+        self._compare(
+            precision,
+            lambda: self.plain.train(self.posts, settings),
+            lambda: self.ours.train(self.posts, settings),
+            num_steps * self.batch_size,
+            repeats,
+            at_least=1.0,
+        )
+
+    def bucketed(self, repeats: int) -> None:
+        """Compare batches by length with the plain loop's random ones, over one epoch of the same posts."""
+        posts = _stand_in(self.posts, self.batch_size)
+        settings = self.settings("float32", NUM_BUCKETS)
+        by_length = replace(settings, batching="bucketed")
+        self._compare(
+            "float32, bucketed",
+            lambda: self.plain.train(posts, settings),
+            lambda: self.ours.train(posts, by_length),
+            len(posts),
+            repeats,
+            at_least=1.3,
+        )
+
+    def _compare(
+        self,
+        name: str,
+        plain: Callable[[], object],
+        ours: Callable[[], object],
+        num_examples: int,
+        repeats: int,
+        at_least: float,
+    ) -> None:
+        pair = common.alternate(plain, ours, repeats)
+        for side, seconds in (("plain", pair.first_s), ("ours", pair.second_s)):
+            throughput = [num_examples / value for value in seconds]
+            self.report.samples(f"{name}, {side} (examples/s)", throughput, batch_size=self.batch_size)
+        self.report.ratio(f"{name}: ours / plain throughput, {self.sizes}", pair.ratio, at_least=at_least)
+
+
+def _draw(report: common.Report) -> Callable[[Any], None]:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        by_label: dict[str, list[float]] = {}
+        for sample in report._samples:
+            by_label.setdefault(sample["label"], []).append(sample["value"])
+        medians = [float(np.median(values)) for values in by_label.values()]
+        colors = [common.COLORS["ours" not in label] for label in by_label]
+        axes.barh([label.removesuffix(" (examples/s)") for label in by_label], medians, color=colors)
+        axes.invert_yaxis()
+        axes.set(xlabel="examples/s (median)", title="Local training, MiniLM, rank 16 on all linear layers")
+
+    return draw
+
+
+@common.options
+def main(quick: bool, json_path: Path | None) -> int:
+    """Time local training against a plain loop of PyTorch and PEFT."""
+    bench = Bench(quick)
+    bench.precision("float32", num_steps=4, repeats=5 if quick else 12)
+    bench.bucketed(repeats=3 if quick else 8)
+    bench.precision("bfloat16", num_steps=2, repeats=3 if quick else 8)
+    return bench.report.finish(json_path, _draw(bench.report))
+
+
+if __name__ == "__main__":
+    main()
