@@ -47,7 +47,7 @@ mpi: data
 	@echo "== pytest over MPI: 1, 2, 3 and 5 processes"
 	@tests/run_mpi.sh
 
-## bench    quick forms of the benchmarks, about five minutes; warns where a ratio is worse than committed
+## bench    quick forms of the benchmarks, some minutes; warns where a ratio is worse than committed
 bench: data
 	@echo "== benchmarks: quick forms, results in runs/bench/"
 	@benchmarks/quick.sh runs/bench

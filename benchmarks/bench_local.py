@@ -2,9 +2,13 @@
 
     python benchmarks/bench_local.py [--quick] [--json FILE]
 
-MiniLM, LoRA of rank 16 on all linear layers, batches of 16 posts of up to 128 tokens (4 with --quick), one
-thread. Both sides take their batches from the same function, in turn in one process. The plain loop is what
-PEFT's documentation shows: AdamW (fused) over the parameters, `clip_grad_norm_`, `zero_grad(set_to_none=True)`.
+MiniLM, LoRA of rank 16 on all linear layers, batches of 16 posts of up to 128 tokens, one thread. Both
+sides take their batches from the same function, in turn in one process. The plain loop is as anybody would
+write it with PEFT: fused AdamW over the parameters, `clip_grad_norm_`, `zero_grad(set_to_none=True)`.
+
+Batches by length are compared with the plain loop's random ones on a few posts that stand for all: batches
+taken evenly from those of the whole training part by length. bfloat16 runs under autocast; a CPU without
+instructions for it takes several times longer than in float32, with either loop.
 """
 
 from __future__ import annotations
@@ -20,22 +24,22 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from transformers.utils import logging
 
 from mpifedlora.core.batches import batch_indices, length_batches
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.io.datasets import read_dataset
 from mpifedlora.io.token_cache import cached_tokens
-from mpifedlora.runtime.setup import model_path, quiet_libraries
+from mpifedlora.runtime.setup import model_path
 from mpifedlora.training.base import build_base
-from mpifedlora.training.lora_layers import find_linears
 from mpifedlora.training.local import LocalSettings, train_client
+from mpifedlora.training.lora_layers import find_linears
 from mpifedlora.training.models import FederatedModel
 from mpifedlora.training.tasks import ClassificationTask, EncodedExamples, load_tokenizer
 
 NUM_LABELS, LORA_RANK, ALPHA, LEARNING_RATE, GRAD_CLIP = 20, 16, 32.0, 1e-3, 1.0
 MAX_LENGTH = 128
-NUM_BUCKETS = 8  # batches that stand for an epoch over all posts
 
 
 class Ours:
@@ -98,72 +102,59 @@ def _read(task: ClassificationTask) -> EncodedExamples:
     return task.encode(train.texts, train.labels)
 
 
-def _stand_in(examples: EncodedExamples, batch_size: int) -> EncodedExamples:
+def _stand_in(examples: EncodedExamples, batch_size: int, num_batches: int) -> EncodedExamples:
     """Return a few posts whose batches by length are spread evenly over those of all posts."""
     batches = length_batches(examples.lengths, batch_size)
-    places = (np.arange(NUM_BUCKETS) + 0.5) * len(batches) / NUM_BUCKETS
+    places = (np.arange(num_batches) + 0.5) * len(batches) / num_batches
     return examples.take(np.concatenate([batches[place] for place in places.astype(np.int64)]))
 
 
 class Bench:
-    """What is compared, and how often."""
+    """Both loops, the posts, and the report."""
 
-    def __init__(self, quick: bool) -> None:
-        quiet_libraries()
+    def __init__(self) -> None:
+        logging.set_verbosity_error()
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        self.quick, self.batch_size = quick, 4 if quick else 16
         device = "cuda" if torch.cuda.is_available() else "cpu"
         task = ClassificationTask(load_tokenizer(model_path("minilm")), MAX_LENGTH, device, cached_tokens)
         self.ours, self.plain, self.posts = Ours(task), Plain(task), _read(task)
         self.report = common.Report("bench_local")
-        self.sizes = f"{self.batch_size} x {MAX_LENGTH} tokens"
 
-    def settings(self, precision: str, num_steps: int) -> LocalSettings:
-        return LocalSettings(
-            self.batch_size, num_steps, None, "adamw", 0.0, 0.0, GRAD_CLIP, precision, seed=0
-        )
-
-    def precision(self, precision: str, num_steps: int, repeats: int) -> None:
+    def compare(self, settings: LocalSettings, repeats: int) -> None:
         """Compare on the same batches."""
-        settings = self.settings(precision, num_steps)
-        self._compare(
-            precision,
-            lambda: self.plain.train(self.posts, settings),
-            lambda: self.ours.train(self.posts, settings),
-            num_steps * self.batch_size,
-            repeats,
-            at_least=1.0,
-        )
+        self._compare(settings.precision, self.posts, settings, settings, repeats, at_least=1.0)
 
-    def bucketed(self, repeats: int) -> None:
-        """Compare batches by length with the plain loop's random ones, over one epoch of the same posts."""
-        posts = _stand_in(self.posts, self.batch_size)
-        settings = self.settings("float32", NUM_BUCKETS)
-        by_length = replace(settings, batching="bucketed")
-        self._compare(
-            "float32, bucketed",
-            lambda: self.plain.train(posts, settings),
-            lambda: self.ours.train(posts, by_length),
-            len(posts),
-            repeats,
-            at_least=1.3,
-        )
+    def compare_bucketed(self, settings: LocalSettings, repeats: int) -> None:
+        """Compare batches by length with the plain loop's random ones, in one epoch of the same posts."""
+        assert settings.local_steps is not None
+        posts = _stand_in(self.posts, settings.batch_size, settings.local_steps)
+        bucketed = replace(settings, batching="bucketed")
+        self._compare(f"{settings.precision}, bucketed", posts, settings, bucketed, repeats, at_least=1.3)
 
     def _compare(
         self,
         name: str,
-        plain: Callable[[], object],
-        ours: Callable[[], object],
-        num_examples: int,
+        posts: EncodedExamples,
+        theirs: LocalSettings,
+        own: LocalSettings,
         repeats: int,
         at_least: float,
     ) -> None:
-        pair = common.alternate(plain, ours, repeats)
+        assert own.local_steps is not None
+        pair = common.alternate(
+            lambda: self.plain.train(posts, theirs), lambda: self.ours.train(posts, own), repeats
+        )
+        num_examples = own.local_steps * own.batch_size
         for side, seconds in (("plain", pair.first_s), ("ours", pair.second_s)):
             throughput = [num_examples / value for value in seconds]
-            self.report.samples(f"{name}, {side} (examples/s)", throughput, batch_size=self.batch_size)
-        self.report.ratio(f"{name}: ours / plain throughput, {self.sizes}", pair.ratio, at_least=at_least)
+            self.report.samples(f"{name}, {side} (examples/s)", throughput, batch_size=own.batch_size)
+        sizes = f"{own.batch_size} x {MAX_LENGTH} tokens"
+        self.report.ratio(f"{name}: ours / plain throughput, {sizes}", pair.ratio, at_least=at_least)
+
+
+def _settings(precision: str, batch_size: int, num_steps: int) -> LocalSettings:
+    return LocalSettings(batch_size, num_steps, None, "adamw", 0.0, 0.0, GRAD_CLIP, precision, seed=0)
 
 
 def _draw(report: common.Report) -> Callable[[Any], None]:
@@ -184,10 +175,10 @@ def _draw(report: common.Report) -> Callable[[Any], None]:
 @common.options
 def main(quick: bool, json_path: Path | None) -> int:
     """Time local training against a plain loop of PyTorch and PEFT."""
-    bench = Bench(quick)
-    bench.precision("float32", num_steps=4, repeats=5 if quick else 12)
-    bench.bucketed(repeats=3 if quick else 8)
-    bench.precision("bfloat16", num_steps=2, repeats=3 if quick else 8)
+    bench = Bench()
+    bench.compare(_settings("float32", 16, num_steps=1 if quick else 4), repeats=5 if quick else 12)
+    bench.compare_bucketed(_settings("float32", 16, num_steps=4 if quick else 8), repeats=2 if quick else 8)
+    bench.compare(_settings("bfloat16", 4 if quick else 16, 1), repeats=5 if quick else 12)
     return bench.report.finish(json_path, _draw(bench.report))
 
 

@@ -26,6 +26,7 @@ quick bench_round 5
 quick bench_memory 3
 quick bench_waiting 5
 quick bench_scaling 5
+quick bench_local 1
 quick bench_startup 1
 
 echo "== against the committed results"

@@ -141,6 +141,12 @@ def test_where_fewer_than_the_least_are_left_nobody_is_used() -> None:
     assert choose(screening, [*parts, spoilt]) == {0: NOT_CHOSEN, 1: NOT_CHOSEN, 2: NOT_FINITE}
 
 
+def test_only_norms_and_distances_need_whole_updates() -> None:
+    assert not Screening(least=3, num_byzantine=1).compares
+    assert Screening(norm_bound=0.0).compares
+    assert Screening(krum="krum").compares
+
+
 @LAWS
 @given(st.integers(0, 10**6), st.floats(0.2, 3))
 def test_the_bound_is_that_of_the_dense_difference(seed: int, share: float) -> None:

@@ -144,18 +144,51 @@ def test_a_personal_adapter_is_the_global_a_with_the_clients_own_part(tiny_run_f
     assert (tmp_path / "client_states").is_dir()
 
 
-def test_examples_are_tokenised_when_a_client_is_first_trained(tiny_run_file, tmp_path, monkeypatch):
+def test_all_examples_are_tokenised_once_when_a_client_is_first_trained(tiny_run_file, tmp_path, monkeypatch):
     replica = replica_of(tiny_run_file, tmp_path)
     calls = []
     encode = replica.task.encode
     monkeypatch.setattr(replica.task, "encode", lambda *given: calls.append(1) or encode(*given))
     examples_of = replica.examples_of()
     assert calls == []
-    first = examples_of(2)
+    first, other = examples_of(2), examples_of(3)
     assert examples_of(2) is first
+    assert other.tokens is first.tokens
     assert len(calls) == 1
-    owned = replica.data.parts[2]
-    assert first.labels.tolist() == replica.data.dataset.train.labels[owned].tolist()
+    train, owned = replica.data.dataset.train, replica.data.parts[2]
+    assert first.labels.tolist() == train.labels[owned].tolist()
+    alone = encode([train.texts[i] for i in owned], train.labels[owned])
+    everything = np.arange(len(owned))
+    got, wanted = (replica.task.collate(examples, everything)[0] for examples in (first, alone))
+    assert torch.equal(got["input_ids"], wanted["input_ids"])
+
+
+def test_the_tokens_of_each_part_are_kept_in_the_cache_folder(tiny_run_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPIFEDLORA_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        replica = replica_of(tiny_run_file, tmp_path, "data.validation_fraction=0.25")
+        assert len(replica.examples_of()(0)) == len(replica.data.parts[0])
+        assert len(replica.evaluation.examples) == len(replica.data.dataset.test)
+        assert len(replica.held_out.examples) == len(replica.data.dataset.validation)
+        assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 3
+        monkeypatch.setattr("mpifedlora.training.tasks.ClassificationTask.tokenize", None)  # not called again
+
+
+@pytest.mark.parametrize("batching", ["shuffled", "bucketed"])
+def test_the_run_file_says_what_makes_a_batch(tiny_run_file, tmp_path, batching):
+    replica = replica_of(tiny_run_file, tmp_path, f"training.batching={batching}")
+    assert replica.settings.batching == batching
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_the_model_is_compiled_where_that_is_asked_for(tiny_run_file, tmp_path, monkeypatch, is_asked):
+    compiled = []
+    monkeypatch.setattr(
+        "mpifedlora.training.models.FederatedModel.compile", lambda self: compiled.append(self)
+    )
+    options = ["training.compile=true", "federation.reproducible=false"] if is_asked else []
+    replica = replica_of(tiny_run_file, tmp_path, *options)
+    assert compiled == ([replica.model] if is_asked else [])
 
 
 def test_a_model_name_is_a_path_or_a_hub_name(tiny_model_folder):

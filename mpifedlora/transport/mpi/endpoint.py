@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LARGEST_COUNT = 2**30
 """Elements of one reduction: MPI counts them with 32 bits."""
-_LONGEST_SLEEP_S = 1e-3
+_YIELDING_S, _LONGEST_SLEEP_S = 2e-4, 1e-3
 _BUSY_S, _SHORT_SLEEP_S = 5e-2, 1e-4
 
 
@@ -138,12 +138,15 @@ def as_bytes(tensor: Tensor) -> Bytes:
 
 
 def wait(*requests: MPI.Request) -> None:
-    """Wait for requests by testing and sleeping."""
-    pause_s = 0.0
+    """Wait for requests by testing and sleeping: an eighth of the time waited so far, at most 1 ms."""
+    started = time.perf_counter()
     for request in requests:
         while not request.Test():
-            time.sleep(pause_s)
-            pause_s = min(_LONGEST_SLEEP_S, 2 * pause_s + 1e-6)
+            waited_s = time.perf_counter() - started
+            if waited_s < _YIELDING_S:
+                os.sched_yield()
+            else:
+                time.sleep(min(_LONGEST_SLEEP_S, waited_s / 8))
 
 
 def wait_busily(requests: Sequence[MPI.Request]) -> None:

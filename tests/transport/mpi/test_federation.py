@@ -1,5 +1,7 @@
 """Whole federations on communicators of 1, 2, 3 and 5 processes: the same bits, and bytes in closed form."""
 
+import itertools
+
 import federations
 import numpy as np
 import pytest
@@ -32,6 +34,13 @@ RUNS = {
     "full cohort": ["federation.cohort_size=2", "initiating.scope=full", "federation.num_rounds=6"],
     "on workers": ["evaluation.on=workers", "evaluation.every=2", SMALL],
     "epochs, dropout": ["training.local_epochs=2", "model.dropout=0.1", "lora.dropout=0.1", "data.alpha=0.3"],
+    "empty rounds": [
+        FEDIT,
+        "federation.sampling=poisson",
+        "federation.cohort_size=1",
+        "federation.num_rounds=8",
+        SMALL,
+    ],
     "bfloat16 base": ["model.dtype=bfloat16"],
     "bfloat16 autocast": ["training.precision=bfloat16"],
     "bfloat16 wire": [
@@ -183,6 +192,14 @@ def test_an_absent_client_is_sent_what_it_missed(comm, folder):
         heard[present[index]] = frozen
         assert results.rounds["downlink_bytes"][index] == expected
     assert (heard < frozen).any() or len(set(map(tuple, present))) > 1
+
+
+def test_rounds_without_a_client_stand_between_others(comm, folder):
+    out = federate(folder, "empty rounds", comm)
+    if comm.rank == 0:
+        is_empty = read_results(out / "results.h5").rounds["num_participants"] == 0
+        # A plan that comes with a stream and trains nobody, and a plan that comes after it.
+        assert {(False, True), (True, False)} <= set(itertools.pairwise(is_empty.tolist()))
 
 
 def test_more_workers_than_clients(comm, folder, capfd):

@@ -16,6 +16,7 @@ VALIDATION = "data.validation_fraction=0.2"
 PRIVATE = ["privacy.clip_norm=0.5", "privacy.noise_multiplier=1.0", "privacy.noise_seed=3"]
 PRIVATE += ["aggregation.weights=equal"]
 CUSTOM = "federation.method=custom"
+SMALL = "transport.chunk_bytes=1536"  # as few bytes as a part may have: most are of one module
 
 PRESETS = {name: [f"federation.method={name}"] for name in METHODS if name != "custom"}
 VARIANTS = {
@@ -23,8 +24,17 @@ VARIANTS = {
     "flexlora, ranks": [*PRESETS["flexlora"], UNLIKE],
     "flora, ranks": [*PRESETS["flora"], UNLIKE],
     "annealed ranks, cohort": [UNLIKE, TWO_OF_FOUR],
-    "rolora, cohort": [*PRESETS["rolora"], TWO_OF_FOUR],
-    "fedsa-lora, cohort": [*PRESETS["fedsa-lora"], TWO_OF_FOUR, "evaluation.on=workers"],
+    "rolora, cohort": [*PRESETS["rolora"], TWO_OF_FOUR, SMALL],
+    "fedsa-lora, cohort": [*PRESETS["fedsa-lora"], TWO_OF_FOUR, "evaluation.on=workers", SMALL],
+    "own head": [
+        CUSTOM,
+        SMALL,
+        "training.personal=b-and-head",
+        "evaluation.model=personal",
+        "aggregation.kind=factors",
+        "annealing.schedule=constant",
+        "initiating.rounds=0",
+    ],
     "flora, cohort": [*PRESETS["flora"], TWO_OF_FOUR],
     "scaffold with cuts": [
         CUSTOM,
@@ -38,8 +48,8 @@ VARIANTS = {
     "residual with cuts": [CUSTOM, "aggregation.kind=residual"],
     "spectral": ["annealing.allocation=spectral"],
     "metropolis": ["annealing.schedule=metropolis", "annealing.cut=drop", VALIDATION],
-    "target": ["annealing.schedule=target", VALIDATION],
-    "median": ["aggregation.robust=median"],
+    "target": ["annealing.schedule=target", VALIDATION, SMALL],
+    "median": ["aggregation.robust=median", SMALL],
     "multi-krum": ["aggregation.robust=multi-krum", "aggregation.num_byzantine=0"],
     "private ffa-lora": [*PRESETS["ffa-lora"], *PRIVATE, TWO_OF_FOUR, "federation.sampling=poisson"],
     "private fedavg": [*PRESETS["fedavg"], *PRIVATE],
