@@ -30,7 +30,7 @@ DTYPES = ("bfloat16", "float16", "int8")
 # Of the float32 bytes; int8 has a scale for each direction beside its values.
 BYTES_BOUNDS = {"bfloat16": 0.5, "float16": 0.5, "int8": 0.26}
 # Times as long as a copy; stochastic rounding draws a random number a value.
-TIME_BOUNDS = {"bfloat16": (3.0, 3.0), "float16": (6.0, 3.0), "int8": (30.0, 6.0)}
+TIME_BOUNDS = {"bfloat16": (3.0, 3.0), "float16": (6.0, 3.0), "int8": (60.0, 8.0)}
 
 
 def layouts() -> dict[str, AdapterLayout]:

@@ -231,8 +231,8 @@ def test_modules_without_a_rank_are_one_part() -> None:
 
 @pytest.mark.parametrize(
     ("num_clients", "part_bytes"),
-    # 8 MiB for two parts of all rows, but 256 KiB to 1 MiB.
-    [(0, 2**20), (1, 2**20), (4, 2**20), (5, 2**23 // 10), (16, 2**18), (64, 2**18)],
+    # 8 MiB for two parts of all rows, but 512 KiB to 1 MiB.
+    [(0, 2**20), (1, 2**20), (4, 2**20), (5, 2**23 // 10), (16, 2**19), (64, 2**19)],
 )
 def test_by_default_parts_of_all_rows_fit_into_the_cache(num_clients: int, part_bytes: int) -> None:
     # Pieces of 4 KiB, in a row of 4 MiB.
