@@ -121,9 +121,6 @@ def _outward(start: int, stop: int) -> Span:
 def _downlink_spans(
     following: RoundPlan, shapes: ModelShapes, wire: WireFormat, borders: Sequence[int]
 ) -> list[tuple[Span, ...]]:
-    num_parts = len(borders) - 1
-    if following.stops:
-        return [()] * num_parts
     segments = following.segments(shapes)
     of_frozen, after = _segment_spans(segments.frozen, 0, wire, borders)
     of_state, _ = _segment_spans(segments.state, after, wire, borders)

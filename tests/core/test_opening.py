@@ -472,10 +472,11 @@ def test_only_what_the_state_has_lost_is_kept(dtype: str) -> None:
 
 
 CUT, OTHER_PART = {"lora_ranks": (1, 1)}, {"sends_parts": "a"}
+AS_MANY_VALUES = {"lora_ranks": (2, 1)}
 
 
 @LOSSY
-@pytest.mark.parametrize("fields", [CUT, OTHER_PART], ids=str)
+@pytest.mark.parametrize("fields", [CUT, OTHER_PART, AS_MANY_VALUES], ids=str)
 def test_another_layout_begins_anew(dtype: str, fields: dict[str, Any]) -> None:
     wire = WireFormat("float32", dtype, has_feedback=True)
     lost = round_message(SHAPES, filled(wire), wire, None)

@@ -267,6 +267,18 @@ def test_a_hidden_update_is_named_and_the_others_go_on_without_it(case: Case) ->
     assert num_refused
 
 
+def test_after_a_refusal_nothing_more_is_aggregated() -> None:
+    arrived = next(rounds_of(Case(), (0,)))  # what is not finite is in the first module
+    stream = arrived.whole.stream(arrived.headers, ALONE)
+    for part in stream.parts:
+        rows = {
+            one.client_id: arrived.rows.wire(index)[slice(*part.uplink)]
+            for index, one in enumerate(arrived.headers)
+        }
+        stream.take(part, rows, lambda: pytest.fail("the round is lost"))
+    assert (stream.refused, stream.aggregates) == ({0}, [])
+
+
 # Who takes part by the headers alone.
 
 

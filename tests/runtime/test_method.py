@@ -429,6 +429,11 @@ def test_auto_never_leaves_what_is_reproducible(tiny_run_file, settings, availab
             4 * 4 * FULL_VALUES,
         ),
         (["aggregation.kind=factors", "federation.method=custom"], 4 * 4 * ADAPTER_VALUES),
+        (
+            ["aggregation.kind=factors", "federation.method=custom", "initiating.scope=full"]
+            + ["initiating.rounds=0"],
+            4 * 4 * ADAPTER_VALUES,
+        ),
     ],
 )
 def test_auto_adds_up_on_the_way_what_would_take_more_than_half_of_the_memory(
