@@ -176,9 +176,9 @@ def _draw(report: common.Report) -> Callable[[Any], None]:
 def main(quick: bool, json_path: Path | None) -> int:
     """Time local training against a plain loop of PyTorch and PEFT."""
     bench = Bench()
-    bench.compare(_settings("float32", 16, num_steps=1 if quick else 4), repeats=5 if quick else 12)
-    bench.compare_bucketed(_settings("float32", 16, num_steps=4 if quick else 8), repeats=2 if quick else 8)
-    bench.compare(_settings("bfloat16", 4 if quick else 16, 1), repeats=5 if quick else 12)
+    bench.compare(_settings("float32", 16, num_steps=1 if quick else 4), repeats=5 if quick else 8)
+    bench.compare_bucketed(_settings("float32", 16, num_steps=4 if quick else 8), repeats=2 if quick else 5)
+    bench.compare(_settings("bfloat16", 4 if quick else 16, num_steps=1), repeats=5 if quick else 8)
     return bench.report.finish(json_path, _draw(bench.report))
 
 

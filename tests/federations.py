@@ -37,8 +37,8 @@ def federate(folder, name, settings, comm, done={}):  # noqa: B006 (each run is 
     """Return the output folder of a run."""
     out = folder / f"{name}-{comm.size}"
     if out not in done:
-        done[out] = launch.run(folder / "run.toml", settings, out, True, comm=comm)
-    assert done[out] == 0
+        done[out] = settings, launch.run(folder / "run.toml", settings, out, True, comm=comm)
+    assert done[out] == (settings, 0)
     return out
 
 

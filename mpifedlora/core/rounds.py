@@ -117,6 +117,8 @@ class Coordinator:
             total: (row_values,), sum of num_examples, or 1, times values.
             judge: as in `finish`.
         """
+        if not total.sum().isfinite():  # whatever the headers say: it cannot be told whose fault it is
+            headers = [replace(header, is_finite=False) for header in headers]
         admitted = admit(self.switches, headers)
         used, counts = admitted.used, [self.switches.counts(header) for header in admitted.used]
         mean, combination = total.div_(sum(counts) or 1).float(), self._combination()
@@ -127,8 +129,7 @@ class Coordinator:
 
     def updates(self, headers: Sequence[UpdateHeader], rows: Sequence[Tensor]) -> list[ClientUpdate]:
         """Return what clients have trained, from the bytes of their rows."""
-        decode = self._combination().update
-        return [decode(header, row) for header, row in zip(headers, rows, strict=True)]
+        return list(map(self._combination().update, headers, rows))
 
     @property
     def streams(self) -> bool:

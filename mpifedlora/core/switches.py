@@ -72,7 +72,7 @@ class Switches:
     @property
     def client_keeps_state(self) -> bool:
         """Whether clients keep something between rounds."""
-        return self.keeps_b or self.has_variates or self.wire.has_feedback
+        return self.keeps_b or self.has_variates or self.wire.feeds_back
 
     @property
     def is_local(self) -> bool:

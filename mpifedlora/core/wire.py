@@ -75,6 +75,11 @@ class WireFormat:
     has_feedback: bool = False
     seed: int = 0
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether clients keep what their updates' rounding has lost."""
+        return self.has_feedback and self.uplink != "float32"
+
     def row_bytes(self, plan: RoundPlan, shapes: ModelShapes, client_id: int | None = None) -> int:
         """Bytes of a client's values in an uplink row; without a client, at the full ranks."""
         shared = plan.shared_layout(shapes, client_id)

@@ -178,17 +178,16 @@ class Server:
     def _finish(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
         """Take in what the workers have trained; return also the seconds of aggregation."""
         coordinator = self.coordinator
+        judge = self._judge if coordinator.annealer.needs_judge else None
         if headers and plan.reduces:
             total = torch.empty(plan.shared_layout(coordinator.shapes).num_values, dtype=self.reduce_dtype)
             self.transport.collect_sum(total)
-            return _timed(lambda: coordinator.finish_sum(headers, total))
+            return _timed(lambda: coordinator.finish_sum(headers, total, judge))
         is_worth_it = self.part_bytes is not None or pays(plan, coordinator.shapes, coordinator.switches.wire)
         if headers and self.pipelines and coordinator.streams and is_worth_it:
             return self._stream(plan, headers)
         updates = coordinator.updates(headers, self.transport.collect_rows(plan) if headers else [])
-        return _timed(
-            lambda: coordinator.finish(updates, self._judge if coordinator.annealer.needs_judge else None)
-        )
+        return _timed(lambda: coordinator.finish(updates, judge))
 
     def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
         is_due = self._is_due(plan.round_num)

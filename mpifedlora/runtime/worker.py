@@ -148,7 +148,7 @@ class Worker:
             change.add_(lost)
         layout = plan.shared_layout(shapes, client_id)
         self.wire.encode_update(layout, change, row, plan.round_num, client_id)
-        return {"lost": change} if self.wire.has_feedback else {}
+        return {"lost": change} if self.wire.feeds_back else {}
 
 
 def serve(worker: Worker, transport: WorkerTransport) -> None:

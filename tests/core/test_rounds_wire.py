@@ -242,3 +242,11 @@ def small_coordinator(*, reduces: bool) -> Coordinator:
         reduces=reduces,
     )
     return Coordinator(shapes, switches, lambda plan: torch.zeros(7), seed=0)
+
+
+def test_a_sum_that_is_not_finite_is_nobodys() -> None:
+    coordinator = small_coordinator(reduces=True)
+    headers = [UpdateHeader(client, 1, 1, 0.5, 0.0, 0.1, True) for client in (0, 1)]
+    report = coordinator.finish_sum(headers, torch.full((7,), math.nan))
+    assert (report.participants, set(report.outcomes.values())) == ((), {"not finite"})
+    assert coordinator.state.tolist() == [0.0] * 7

@@ -429,7 +429,8 @@ TIED = (
     "model.dtype federation.sampling lora.client_ranks lora.client_capacities initiating.scope "
     "annealing.allocation aggregation.kind aggregation.weights aggregation.robust aggregation.norm_bound "
     "training.scope training.personal training.control_variates server_optimizer.kind privacy.clip_norm "
-    "privacy.noise_multiplier evaluation.model"
+    "privacy.noise_multiplier evaluation.model training.compile transport.collect transport.uplink_dtype "
+    "transport.downlink_dtype transport.error_feedback"
 ).split()
 FIXED = {"annealing.schedule": "constant", "aggregation.kind": "factors"}
 COHERENT: list[dict[str, Any]] = [
@@ -448,6 +449,9 @@ COHERENT: list[dict[str, Any]] = [
     | {"server_optimizer.kind": "fedyogi"},
     {"training.control_variates": True, "aggregation.kind": "factors", "annealing.schedule": "linear"}
     | {"training.optimizer": "sgd", "training.momentum": 0.0, "training.mu": 0.0, "initiating.rounds": 0},
+    {"transport.collect": "reduce", "federation.reproducible": False, "training.compile": True, **FIXED},
+    {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "bfloat16"},
+    {"transport.uplink_dtype": "float16", "transport.error_feedback": True, **FIXED},
 ]
 
 

@@ -34,6 +34,14 @@ def comm(request):
     part.Free()
 
 
+@pytest.fixture(scope="session")
+def folder():
+    """A folder for whole federations that all processes share; a run of one name is made once."""
+    import federations
+
+    return federations.shared_folder()
+
+
 def pytest_collection_modifyitems(items):
     alone = pytest.mark.skip(reason="needs several MPI processes: run tests/run_mpi.sh")
     for item in items:

@@ -24,7 +24,7 @@ def parts_of(num_bytes):
 # module is a part of its own. Tensors of a whole model may be larger than a part.
 SMALL, SMALL_BFLOAT16, SMALL_INT8 = parts_of(4 * 384), parts_of(2 * 384), parts_of(384 + 4 * 8)
 RUNS = {
-    "freeze": [],
+    "sa-fedlora": ["federation.method=sa-fedlora"],
     "drop": ["annealing.cut=drop", SMALL],
     "fedit": [FEDIT],
     "factors with cuts": ["federation.method=custom", "aggregation.kind=factors"],
@@ -54,39 +54,34 @@ RUNS = {
     "fedavg, feedback": [FEDAVG, *FEEDBACK, parts_of(1)],
 }
 # What must not change a bit of another run.
-LIKE = {
-    "small parts": ("freeze", [SMALL]),
-    "no pipeline": ("freeze", ["transport.pipeline=false"]),
-    "fedavg, small parts": ("fedavg", [parts_of(1)]),
+LIKE = {"small parts": "sa-fedlora", "no pipeline": "sa-fedlora", "fedavg, small parts": "fedavg"}
+RUNS |= {
+    "small parts": [*RUNS["sa-fedlora"], SMALL],
+    "no pipeline": [*RUNS["sa-fedlora"], "transport.pipeline=false"],
+    "fedavg, small parts": [FEDAVG, parts_of(1)],
 }
-
-
-@pytest.fixture(scope="module")
-def folder():
-    return federations.shared_folder()
 
 
 def federate(folder, name, comm):
     return federations.federate(folder, name, RUNS[name], comm)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in LIKE])
 def test_same_bits_for_any_number_of_processes(comm, folder, name):
     federations.assert_same_bits(folder, name, RUNS[name], comm)
 
 
-@pytest.mark.parametrize("name", LIKE)
-def test_parts_change_no_bit(comm, folder, name):
-    other, settings = LIKE[name]
-    federations.assert_same_bits(folder, name, RUNS[other] + settings, comm, like=(other, RUNS[other]))
+@pytest.mark.parametrize(("name", "other"), LIKE.items())
+def test_parts_change_no_bit(comm, folder, name, other):
+    federations.assert_same_bits(folder, name, RUNS[name], comm, like=(other, RUNS[other]))
 
 
 @pytest.mark.parametrize(
     ("name", "collect"),
-    [("freeze", "gather in parts"), ("full cohort", "gather in parts"), ("no pipeline", "gather")],
+    [("sa-fedlora", "gather in parts"), ("full cohort", "gather in parts"), ("no pipeline", "gather")],
 )
 def test_results_say_how_updates_were_collected(comm, folder, name, collect):
-    out = federations.federate(folder, name, {**RUNS, "no pipeline": LIKE["no pipeline"][1]}[name], comm)
+    out = federate(folder, name, comm)
     if comm.rank == 0:
         assert read_results(out / "results.h5").info.collect == (collect if comm.size > 1 else "handed over")
 
@@ -142,7 +137,7 @@ def test_updates_that_do_not_fit_into_memory_are_added_up_and_that_is_told(comm,
         assert "updates are added up on the way to the server; ready " in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["freeze", "drop", "fedit", "fedavg", "full initiating"])
+@pytest.mark.parametrize("name", ["sa-fedlora", "drop", "fedit", "fedavg", "full initiating"])
 def test_measured_bytes_are_the_closed_form(comm, folder, name):
     out = federate(folder, name, comm)
     if comm.rank:
@@ -155,7 +150,7 @@ def test_measured_bytes_are_the_closed_form(comm, folder, name):
     up = np.where(is_full, whole, per_rank * ranks + head)
     np.testing.assert_array_equal(results.rounds["uplink_bytes"], clients * (HEADER_UP + 4 * up))
     frozen = np.maximum(np.concatenate([[0], ranks[:-1] - ranks[1:]]), 0) * (
-        name in ("freeze", "full initiating")
+        name in ("sa-fedlora", "full initiating")
     )
     opens = np.concatenate([[False], is_full[:-1] & ~is_full[1:]])
     state = np.where(opens, head, up) * (np.arange(len(up)) > 0)  # fresh factors follow from the seed

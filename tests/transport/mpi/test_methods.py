@@ -64,11 +64,6 @@ WHOLE, HEAD, PER_RANK = federations.values_of()
 RANK, CLIENTS, ROUNDS = 4, 4, 4
 
 
-@pytest.fixture(scope="module")
-def folder():
-    return federations.shared_folder()
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_same_bits_for_any_number_of_workers(comm, folder, name):
     federations.assert_same_bits(folder, name, RUNS[name], comm)
