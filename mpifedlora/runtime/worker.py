@@ -58,7 +58,7 @@ class Worker:
         self._plan: RoundPlan | None = None
 
     def prepare(self, plan: RoundPlan) -> None:
-        """Load what a round needs of the data, while its message is still on the way."""
+        """Load what a round needs of the data."""
         for client_id in plan.clients_of(self.worker_id):
             self._examples_of(client_id)
 

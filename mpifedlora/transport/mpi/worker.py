@@ -43,7 +43,7 @@ class MpiWorker(Endpoint):
         """Wait for the next plan and its message's bytes, which hold until the next receive.
 
         Args:
-            prepare: called with the plan while the message is still on the way, where it is.
+            prepare: called with the plan as soon as its message is whole.
         """
         if self._ahead is None:
             _, plan = self._order(Order.MESSAGE)
