@@ -87,7 +87,7 @@ def _read(path: Path, num_texts: int) -> Tokens | None:
         values = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except (OSError, ValueError, TokenError):  # the last from a header that is no Python literal
         return None
-    if values.dtype != np.dtype("<i4") or values.ndim != 1 or len(values) <= num_texts:
+    if values.dtype != np.dtype("<i4") or values.ndim != 1 or not len(values):
         return None
     if values[0] != _checksum(path, values[1:]):
         return None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,12 @@ def test_a_flipped_bit_anywhere_is_found(cache: Path) -> None:
     assert_right(cached_tokens(TEXTS, "", refuse))
 
 
+def npy(values: Any) -> bytes:
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda whole: b"",
     "header alone": lambda whole: whole[:128],
@@ -110,6 +117,11 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "all zeros": lambda whole: bytes(len(whole)),
     "text": lambda whole: b"not tokens at all",
     "a zip": lambda whole: b"PK\x03\x04" + whole[4:],
+    "no values": lambda whole: npy(np.zeros(0, np.int32)),
+    "one number": lambda whole: npy(np.int32(7)),
+    "a table": lambda whole: npy(np.zeros((2, 2), np.int32)),
+    "other numbers": lambda whole: npy(np.zeros(16, np.int64)),
+    "unsigned": lambda whole: whole.replace(b"<i4", b"<u4"),
     "last token": lambda whole: whole[:-1] + b"\x01",
     "a length": lambda whole: whole[:132] + b"\x07" + whole[133:],
 }
