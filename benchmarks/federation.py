@@ -125,7 +125,7 @@ class PlayedWorker:
 
     def round(self) -> None:
         """Take part in one round."""
-        plan, _ = self.transport.receive(lambda plan: None)
+        plan, _ = self.transport.receive()
         self.transport.submit(self.rows(plan))
 
     def rows(self, plan: RoundPlan) -> UpdateRows:

@@ -125,16 +125,6 @@ def decode(dtype: str, layout: AdapterLayout, wire: Tensor, out: Tensor) -> Tens
     return out
 
 
-def as_values(layout: AdapterLayout, wire: Tensor) -> Tensor:
-    """Return the `float32` wire form of a layout, seen as its values: (num_values,), no copy.
-
-    Args:
-        layout: of the values.
-        wire: (num_bytes,) uint8, or longer; it starts on a multiple of 4.
-    """
-    return wire[: num_bytes("float32", layout)].view(torch.float32)
-
-
 def _saturated(values: Tensor) -> Tensor:
     limit = largest("float16")
     low, high = torch.aminmax(values) if values.numel() else (0, 0)

@@ -189,7 +189,14 @@ class ModelShapes:
 
     def adapter(self, lora_ranks: Sequence[int], parts: Parts = "ab") -> AdapterLayout:
         """Layout of adapter and head, or of a part of the factors and the head."""
-        return AdapterLayout(self.modules, tuple(lora_ranks), self.head, parts)
+        key = tuple(lora_ranks), parts
+        if key not in self._adapters:
+            self._adapters[key] = AdapterLayout(self.modules, key[0], self.head, parts)
+        return self._adapters[key]
+
+    @cached_property
+    def _adapters(self) -> dict[tuple[tuple[int, ...], Parts], AdapterLayout]:
+        return {}  # a layout remembers its offsets: the same one is asked for many times a round
 
     def frozen(self, lora_ranks: Sequence[int]) -> AdapterLayout:
         """Layout of what is added to the base weights: factors, or whole matrices where the rank is DENSE."""
@@ -204,6 +211,10 @@ class ModelShapes:
 
     def full(self) -> AdapterLayout:
         """Layout of every weight, what is exchanged when the scope is `full`."""
+        return self._full
+
+    @cached_property
+    def _full(self) -> AdapterLayout:
         return AdapterLayout((), (), self.body + self.head)
 
     def base(self) -> AdapterLayout:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpifedlora.core.buffers import padded
 from mpifedlora.core.codec import decode, encode, num_bytes, piece_bytes
 from mpifedlora.core.layout import (
     DENSE,
@@ -20,7 +21,7 @@ from mpifedlora.core.layout import (
 )
 from mpifedlora.core.plan import RoundPlan, Segments
 from mpifedlora.core.server_optimizer import CutMap
-from mpifedlora.core.wire import WireFormat, padded
+from mpifedlora.core.wire import WireFormat
 
 FROZEN, STATE = Segments._fields.index("frozen"), Segments._fields.index("state")
 

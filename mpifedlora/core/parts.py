@@ -10,10 +10,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from mpifedlora.core.buffers import UNIT_BYTES, padded
 from mpifedlora.core.codec import piece_bytes
 from mpifedlora.core.layout import AdapterLayout, ModelShapes
 from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.wire import UNIT_BYTES, WireFormat, padded
+from mpifedlora.core.wire import WireFormat
 
 LARGEST_PART_BYTES, LEAST_PART_BYTES = 2**20, 2**19
 IN_FLIGHT = 2
@@ -54,8 +55,13 @@ class Part(NamedTuple):
     downlink: tuple[Span, ...]
 
 
-def pays(plan: RoundPlan, shapes: ModelShapes, wire: WireFormat) -> bool:
-    """Say whether parts are worth their bookkeeping: a mean of small rows is done before it could hide."""
+def pays(plan: RoundPlan, shapes: ModelShapes, wire: WireFormat, part_bytes: int | None) -> bool:
+    """Say whether parts are worth their bookkeeping, or asked for by their size.
+
+    A mean of small rows is done before it could hide.
+    """
+    if part_bytes is not None:
+        return True
     has_svd = plan.scope != "full" and not plan.keeps_b
     return has_svd or wire.row_bytes(plan, shapes) >= _LEAST_ROW_BYTES
 

@@ -92,7 +92,7 @@ class RoundStream:
         segments = opening.plan.segments(shapes)
         self._before = _Pieces(combination.plan.layout(shapes))
         self._after, self._sent = _Pieces(opening.plan.layout(shapes)), _Pieces(segments.state)
-        self._is_sent_as_it_is = not is_rounded and self._sent.layout == self._after.layout
+        self._is_apart = self._sent.layout != self._after.layout  # then the state is not in the message
         self._flats = opening.plan.split(shapes, opening.message)
         self._frozen_factors = segments.frozen.factors(self._flats.frozen)
         if combination.plan.keeps_head:  # it is in no row
@@ -122,36 +122,36 @@ class RoundStream:
             self._take_factors(part, rows, breathe)
 
     def _take_values(self, part: Part, rows: dict[int, Tensor]) -> None:
-        whole, (own, span) = self.combination, self._after.of(part)
+        whole, span = self.combination, self._after.span(part)
         wire, reference, state = whole.switches.wire, whole.state[span], self.opening.state[span]
-        used = {
-            header.client_id: self._own_bytes(part, rows[header.client_id]) for header in self.admitted.used
-        }
+        clients = [header.client_id for header in self.admitted.used]
+        used = {client_id: self._own_bytes(part, rows[client_id]) for client_id in clients}
         if wire.uplink == "float32":
             values = {client_id: row.view(torch.float32) for client_id, row in used.items()}
         else:
+            own = self._after.select(part)
             values = {client_id: wire.decode_update(own, row, reference) for client_id, row in used.items()}
         mean = whole.flat_update.advance(reference, list(values.values()), self.admitted.weights, state)
         is_mean = whole.switches.combiner is weighted_mean
         if self._is_sound(values, mean if is_mean else None):
-            self._send(part, own, state, [])
+            self._send(part, state, [])
 
     def _take_factors(self, part: Part, rows: dict[int, Tensor], breathe: Callable[[], None]) -> None:
         piece = self._piece(part)
-        own, span = self._after.of(part)
         pairs = ((header, self._own_bytes(part, rows[header.client_id])) for header in self.admitted.used)
         received = [piece.contribution(piece.update(header, row)) for header, row in pairs]
         if not self._is_sound({one.update.client_id: one.values for one in received}):
             return
-        values, state = piece.next_values(received, self.admitted.weights), self.opening.state[span]
+        state = self.opening.state[self._after.span(part)]
+        values = piece.next_values(received, self.admitted.weights)
         aggregates = self._cut(piece, part, values, received, breathe)
         if aggregates:
             whole = piece.plan.layout(piece.shapes).whole_values(values)
-            write_state(own, state, [one.active for one in aggregates], whole)
+            write_state(self._after.select(part), state, [one.active for one in aggregates], whole)
         else:
             state.copy_(values)
         self.aggregates += aggregates
-        self._send(part, own, state, aggregates)
+        self._send(part, state, aggregates)
 
     def _own_bytes(self, part: Part, row: Tensor) -> Tensor:
         begins = part.begins - part.uplink.start
@@ -159,13 +159,14 @@ class RoundStream:
 
     def _is_sound(self, values: dict[int, Tensor], mean: Tensor | None = None) -> bool:
         """Say whether all updates so far are finite, whatever their headers say; a finite mean says so."""
-        if mean is None or not math.isfinite(mean.sum()):
+        # Its squared norm is the fastest that tells; where that overflows, the updates themselves tell.
+        if mean is None or not math.isfinite(torch.dot(mean, mean)):
             self.refused |= {client for client, one in values.items() if not math.isfinite(one.sum())}
         return not self.refused
 
     def _piece(self, part: Part) -> Combination:
         whole = self.combination
-        own, span = self._before.of(part)
+        own, span = self._before.select(part), self._before.span(part)
         plan = replace(
             whole.plan,
             lora_ranks=whole.plan.lora_ranks[part.first : part.last],
@@ -196,22 +197,17 @@ class RoundStream:
             breathe()
         return aggregates
 
-    def _send(
-        self, part: Part, own: AdapterLayout, state: Tensor, aggregates: Sequence[ModuleAggregate]
-    ) -> None:
-        if not aggregates and self._is_sent_as_it_is:
-            return
-        sent, span = self._sent.of(part)
-        is_apart = self._sent.layout != self._after.layout  # then the state does not lie in the message
-        if is_apart:
-            copy_common(own, state, sent, self._flats.state[span])
+    def _send(self, part: Part, state: Tensor, aggregates: Sequence[ModuleAggregate]) -> None:
         targets = self._frozen_factors[part.first : part.last]
         write_leading([one.frozen for one in aggregates], targets[: len(aggregates)])
+        if self._is_apart:
+            sent = self._flats.state[self._sent.span(part)]
+            copy_common(self._after.select(part), state, self._sent.select(part), sent)
         if self._rounding:
             for segment in (FROZEN, STATE):
                 self._rounding.round_pieces(segment, part.first, part.last)
-            if is_apart:
-                copy_common(sent, self._flats.state[span], own, state)
+            if self._is_apart:
+                copy_common(self._sent.select(part), sent, self._after.select(part), state)
 
 
 class _Pieces:
@@ -221,8 +217,10 @@ class _Pieces:
         self.layout = layout
         self._offsets = [0, *itertools.accumulate(layout.piece_values)]
 
-    def of(self, part: Part) -> tuple[AdapterLayout, slice]:
-        """Return the layout of a part, and where its values lie."""
-        return self.layout.select(part.first, part.last), slice(
-            self._offsets[part.first], self._offsets[part.last]
-        )
+    def select(self, part: Part) -> AdapterLayout:
+        """Return the layout of a part."""
+        return self.layout.select(part.first, part.last)
+
+    def span(self, part: Part) -> slice:
+        """Return where the values of a part lie."""
+        return slice(self._offsets[part.first], self._offsets[part.last])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.agreement import Bytes
+from mpifedlora.core.buffers import byte_buffer, padded
 from mpifedlora.core.codec import decode, draw_uniform, encode, num_bytes
 from mpifedlora.core.layout import AdapterLayout, ModelShapes, copy_common
 from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, header_record
@@ -24,11 +25,6 @@ from mpifedlora.errors import ProtocolError
 
 VALUE_BYTES = 4
 _COPIED_VALUES = 2**18  # of a piece that is copied from a GPU while the piece before is sent
-UNIT_BYTES = 64
-"""What crosses the transport is a whole number of these: MPI counts them, and so reaches 128 GiB.
-
-Rows start on cache lines too, so the bits of what is computed do not depend on a row's place."""
-
 UPDATE_HEADER = header_record(
     round_num="<i4",
     client_id="<i4",
@@ -48,15 +44,6 @@ _COPIED = ("client_id", "num_examples", "num_steps", "train_loss", "penalty", "t
 def ranks_digest(lora_ranks: Sequence[int]) -> int:
     """Return a 32-bit digest of the ranks, by which both ends know that they mean one layout."""
     return zlib.crc32(np.array(lora_ranks, "<i4").tobytes())
-
-
-def padded(size: int) -> int:
-    """Round a number of bytes up to whole units.
-
-    >>> padded(0), padded(1), padded(64)
-    (0, 64, 64)
-    """
-    return -(-size // UNIT_BYTES) * UNIT_BYTES
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,7 @@ class WireFormat:
     def message_buffer(self, plan: RoundPlan, shapes: ModelShapes, *, is_pinned: bool = False) -> Tensor:
         """Return an empty buffer for the message, of whole units."""
         size = padded(self.message_bytes(plan, shapes))
-        return torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+        return byte_buffer(size, is_pinned=is_pinned)
 
     def as_message(self, plan: RoundPlan, shapes: ModelShapes, wire: Tensor) -> Tensor:
         """See a float32 message's bytes as values, (message_values,): no copy."""
@@ -238,7 +225,7 @@ class UpdateRows:
         self.headers = np.zeros((len(self.sizes), HEADER_BYTES), np.uint8)
         self.total = torch.empty(0)
         self._starts = [0, *itertools.accumulate(self._strides())]
-        self.buffer = torch.zeros(self._room(), dtype=torch.uint8, device=device, pin_memory=is_pinned)
+        self.buffer = byte_buffer(self._room(), device=device, is_pinned=is_pinned).zero_()
         self._copies: list[tuple[int, torch.cuda.Event]] = []  # under way: first byte, and when it is done
 
     def _strides(self) -> list[int]:

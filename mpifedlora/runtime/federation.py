@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from mpifedlora.core.agreement import Status
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.layout import Factors
+from mpifedlora.core.parts import pays
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.privacy import spent_epsilon
 from mpifedlora.core.rounds import Coordinator
@@ -73,11 +75,13 @@ def conduct(
     prepare_output_folder(out, write_run_file(config))
     reduces = choose_collect(config, replica.model.shapes, available_bytes()) == "reduce"
     switches = _switches(config, replica, transport, reduces=reduces)
-    collect = _describe_collect(switches, transport, pipeline=config.transport.pipeline)
+    model = replica.model
+    coordinator = Coordinator(model.shapes, switches, model.initial_state, config.federation.seed)
+    collect = _describe_collect(config, coordinator, transport)
     info = _run_info(config, replica, transport, library, statuses, collect)
     writer = ResultsWriter(out / RESULTS_FILE, info)
     with Progress(config.federation.num_rounds) as progress:
-        server = _server(config, switches, replica, transport, progress)
+        server = _server(config, coordinator, replica, transport, progress)
         num_parameters = replica.model.shapes.full().num_values
         progress.start(first_lines(resolved, info, num_parameters, out))
         saver = _Saver(progress)
@@ -122,19 +126,25 @@ def _switches(config: RunConfig, replica: Replica, transport: ServerTransport, *
     return build_switches(config, sizes, transport.num_workers, reduces=reduces, device=device)
 
 
-def _describe_collect(switches: Switches, transport: ServerTransport, *, pipeline: bool) -> str:
+def _describe_collect(config: RunConfig, coordinator: Coordinator, transport: ServerTransport) -> str:
+    switches, chosen = coordinator.switches, config.transport
     if not transport.can_stream:
         return "handed over"
     if switches.reduces:
         return "reduce"
-    return "gather in parts" if pipeline and switches.is_local else "gather"
+    # A `full` stage before the adapter's rounds does not name the run.
+    plan = replace(coordinator.next_plan, scope=switches.round_scope(switches.schedule.num_rounds))
+    is_worth_it = pays(plan, coordinator.shapes, switches.wire, chosen.chunk_bytes)
+    return "gather in parts" if chosen.pipeline and switches.is_local and is_worth_it else "gather"
 
 
 def _server(
-    config: RunConfig, switches: Switches, replica: Replica, transport: ServerTransport, progress: Progress
+    config: RunConfig,
+    coordinator: Coordinator,
+    replica: Replica,
+    transport: ServerTransport,
+    progress: Progress,
 ) -> Server:
-    model = replica.model
-    coordinator = Coordinator(model.shapes, switches, model.initial_state, config.federation.seed)
     return Server(
         coordinator,
         transport,

@@ -183,7 +183,7 @@ class Server:
             total = torch.empty(plan.shared_layout(coordinator.shapes).num_values, dtype=self.reduce_dtype)
             self.transport.collect_sum(total)
             return _timed(lambda: coordinator.finish_sum(headers, total, judge))
-        is_worth_it = self.part_bytes is not None or pays(plan, coordinator.shapes, coordinator.switches.wire)
+        is_worth_it = pays(plan, coordinator.shapes, coordinator.switches.wire, self.part_bytes)
         if headers and self.pipelines and coordinator.streams and is_worth_it:
             return self._stream(plan, headers)
         updates = coordinator.updates(headers, self.transport.collect_rows(plan) if headers else [])

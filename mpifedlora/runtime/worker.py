@@ -57,11 +57,6 @@ class Worker:
         self._rows: UpdateRows | None = None
         self._plan: RoundPlan | None = None
 
-    def prepare(self, plan: RoundPlan) -> None:
-        """Load what a round needs of the data."""
-        for client_id in plan.clients_of(self.worker_id):
-            self._examples_of(client_id)
-
     def receive(self, plan: RoundPlan, wire: Tensor) -> None:
         """Take a plan and the bytes of its message."""
         self.model.receive(plan, self.wire.decode_message(plan, self.model.shapes, wire))
@@ -154,7 +149,7 @@ class Worker:
 def serve(worker: Worker, transport: WorkerTransport) -> None:
     """Follow the server's plans until one says stop."""
     while True:
-        plan, wire = transport.receive(worker.prepare)
+        plan, wire = transport.receive()
         if plan.stops:
             return
         worker.receive(plan, wire)

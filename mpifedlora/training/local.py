@@ -181,7 +181,7 @@ def _personal(model: FederatedModel, plan: RoundPlan, client_id: int, own: Tenso
         return {}
     layout = plan.personal_layout(model.shapes, client_id)
     trained = plan.trained_layout(model.shapes, client_id)
-    return {"personal": copy_common(trained, own, layout, torch.empty(layout.num_values)).cpu()}
+    return {"personal": copy_common(trained, own, layout, torch.empty(layout.num_values))}
 
 
 def _batches(

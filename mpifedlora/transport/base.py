@@ -9,7 +9,7 @@ know all sizes from the plan.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -98,7 +98,7 @@ class WorkerTransport(Protocol):
     worker_id: int
     num_workers: int
 
-    def receive(self, prepare: Callable[[RoundPlan], None]) -> tuple[RoundPlan, Tensor]:
+    def receive(self) -> tuple[RoundPlan, Tensor]:
         """Wait for the next plan and its message's bytes, which hold until the next receive."""
 
     def submit_predictions(self, predictions: Tensor) -> None:

@@ -269,7 +269,7 @@ def test_parts_pay_for_svds_and_for_large_rows(dtype: str) -> None:
     for num_values, is_large in ((2**23 // width - 1, False), (2**23 // width, True)):
         shapes = ModelShapes((LinearShape("q", 1, 1),), (TensorShape("head", (num_values - 1,)),), ())
         plan = replace(PLAN, lora_ranks=(1,), frozen_ranks=(0,))
-        assert pays(plan, shapes, wire)
-        assert pays(replace(plan, keeps_b=True), shapes, wire) == is_large
+        assert pays(plan, shapes, wire, None)
+        assert pays(replace(plan, keeps_b=True), shapes, wire, None) == is_large
         body = ModelShapes(shapes.modules, (), (TensorShape("w", (num_values,)),))
-        assert pays(replace(plan, scope="full"), body, wire) == is_large
+        assert pays(replace(plan, scope="full"), body, wire, None) == is_large

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpifedlora.core.buffers import padded
 from mpifedlora.core.plan import ABSENT, RoundPlan
 from mpifedlora.core.wire import (
     ClientUpdate,
@@ -17,7 +18,6 @@ from mpifedlora.core.wire import (
     UpdateHeader,
     UpdateRows,
     fitting_rows,
-    padded,
     ranks_digest,
     read_headers,
 )

@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpifedlora.core.buffers import padded
 from mpifedlora.core.codec import encode, num_bytes
 from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.plan import ABSENT, RoundPlan
-from mpifedlora.core.wire import (
-    WireFormat,
-    broadcast_values,
-    padded,
-)
+from mpifedlora.core.wire import WireFormat, broadcast_values
 
 SHAPES = ModelShapes(
     (LinearShape("q", 5, 4), LinearShape("v", 3, 6)),

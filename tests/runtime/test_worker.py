@@ -237,12 +237,6 @@ class TestSummedRows:
         assert rows.total.tolist() == [0, 0, 0, 0]
 
 
-def test_prepare_loads_the_examples_of_its_own_clients(setting: Setting) -> None:
-    setting.worker(torch.zeros(4)).prepare(plan_of(0, 1, 0))
-    assert setting.asked == [0, 2]
-    assert setting.seen == []  # nobody is trained
-
-
 class Wire:
     """A worker's end that plays some plans."""
 
@@ -252,10 +246,8 @@ class Wire:
         self.plans = list(plans)
         self.log: list[Any] = []
 
-    def receive(self, prepare: Callable[[RoundPlan], None]) -> tuple[RoundPlan, Tensor]:
-        plan = self.plans.pop(0)
-        prepare(plan)
-        return plan, bytes_of(STATE)
+    def receive(self) -> tuple[RoundPlan, Tensor]:
+        return self.plans.pop(0), bytes_of(STATE)
 
     def submit_predictions(self, predictions: Tensor) -> None:
         self.log.append("predictions")

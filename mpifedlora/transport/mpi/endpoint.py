@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LARGEST_COUNT = 2**30
 """Elements of one reduction: MPI counts them with 32 bits."""
-_YIELDING_S, _LONGEST_SLEEP_S = 2e-4, 1e-3
+_YIELDING_S, _LONGEST_SLEEP_S = 3e-5, 1e-3
 _BUSY_S, _SHORT_SLEEP_S = 5e-2, 1e-4
 
 
@@ -87,8 +87,8 @@ class Endpoint:
         is_pinned: bool = False,
     ) -> None:
         """Say what the messages look like, and whether a GPU will copy them (page-locked memory)."""
+        from mpifedlora.core.buffers import UNIT_BYTES
         from mpifedlora.core.plan import plan_bytes
-        from mpifedlora.core.wire import UNIT_BYTES
 
         self.shapes, self.wire, self.part_bytes, self.is_pinned = shapes, wire, part_bytes, is_pinned
         self.order_bytes = ORDER_BYTES + plan_bytes(len(shapes.modules), num_clients)
@@ -104,10 +104,10 @@ class Endpoint:
         """Return what to call each process in a message, by MPI rank."""
         return ["the server", *(f"worker {worker_id}" for worker_id in range(self.num_workers))]
 
-    def _units(self, buffer: Bytes, count: int | None = None) -> list[object]:
-        from mpifedlora.core.wire import UNIT_BYTES
+    def _units(self, buffer: Bytes) -> list[object]:
+        from mpifedlora.core.buffers import UNIT_BYTES
 
-        return [buffer, len(buffer) // UNIT_BYTES if count is None else count, self._unit]
+        return [buffer, len(buffer) // UNIT_BYTES, self._unit]
 
     def _parts(self, plan: RoundPlan, following: RoundPlan) -> list[Part]:
         from mpifedlora.core.parts import parts_of
@@ -137,16 +137,15 @@ def as_bytes(tensor: Tensor) -> Bytes:
     return flat
 
 
-def wait(*requests: MPI.Request) -> None:
-    """Wait for requests by testing and sleeping: an eighth of the time waited so far, at most 1 ms."""
+def wait(request: MPI.Request) -> None:
+    """Wait for a request by testing and sleeping: an eighth of the time waited so far, at most 1 ms."""
     started = time.perf_counter()
-    for request in requests:
-        while not request.Test():
-            waited_s = time.perf_counter() - started
-            if waited_s < _YIELDING_S:
-                os.sched_yield()
-            else:
-                time.sleep(min(_LONGEST_SLEEP_S, waited_s / 8))
+    while not request.Test():
+        waited_s = time.perf_counter() - started
+        if waited_s < _YIELDING_S:
+            os.sched_yield()
+        else:
+            time.sleep(min(_LONGEST_SLEEP_S, waited_s / 8))
 
 
 def wait_busily(requests: Sequence[MPI.Request]) -> None:

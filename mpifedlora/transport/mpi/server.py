@@ -39,7 +39,7 @@ class MpiServer(Endpoint):
     def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         """Send a plan and its message, whole units of bytes, to every worker."""
         self._order(Order.MESSAGE, plan)
-        if plan.message_values(self.shapes):
+        if wire.numel():
             self.bytes_crossed += self.num_workers * wire.nbytes
             self.comm.Bcast(self._units(as_bytes(wire)))
 
@@ -88,7 +88,7 @@ class MpiServer(Endpoint):
         """Gather the bytes of every row, in the order of the headers; they hold until the next collect."""
         import torch
 
-        from mpifedlora.core.wire import padded
+        from mpifedlora.core.buffers import padded
 
         sizes = self._row_bytes(plan)
         strides = [padded(size) for size in sizes]
@@ -103,14 +103,14 @@ class MpiServer(Endpoint):
         return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
     def _fitting(self, size: int) -> Tensor:
-        import torch
+        from mpifedlora.core.buffers import byte_buffer
 
         if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
+            self._buffer = byte_buffer(size)
         return self._buffer[:size]
 
     def _target(self, counts: Sequence[int], buffer: Tensor) -> tuple[Any, list[Any]]:
-        from mpifedlora.core.wire import UNIT_BYTES
+        from mpifedlora.core.buffers import UNIT_BYTES
 
         units = [0, *(count // UNIT_BYTES for count in counts)]
         return self._mpi.IN_PLACE, [as_bytes(buffer), units, None, self._unit]
@@ -133,6 +133,7 @@ class MpiServer(Endpoint):
         buffers = self._part_buffers(parts, len(clients))
         pairs = zip(parts, buffers, strict=False)
         gathers = deque(self._gather_part(part, buffer) for part, buffer in pairs)
+        message = as_bytes(stream.wire)
         broadcasts: list[MPI.Request] = []
         aggregate_s = 0.0
         for index, part in enumerate(parts):
@@ -142,7 +143,7 @@ class MpiServer(Endpoint):
             rows = buffer[: len(clients) * part.uplink.size].view(len(clients), part.uplink.size)
             stream.take(part, dict(zip(clients, rows, strict=True)), partial(_poke, gathers))
             aggregate_s += time.perf_counter() - started
-            broadcasts += self._broadcast_part(part, as_bytes(stream.opening.wire))
+            broadcasts += self._broadcast_part(part, message)
             if index + len(buffers) < len(parts):
                 gathers.append(self._gather_part(parts[index + len(buffers)], buffer))
         self._mpi.Request.Waitall(broadcasts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,22 +38,17 @@ class MpiWorker(Endpoint):
         self._plan: RoundPlan | None = None
         self._ahead: tuple[RoundPlan, Tensor] | None = None  # what a stream has brought
 
-    def receive(self, prepare: Callable[[RoundPlan], None]) -> tuple[RoundPlan, Tensor]:
-        """Wait for the next plan and its message's bytes, which hold until the next receive.
-
-        Args:
-            prepare: called with the plan as soon as its message is whole.
-        """
+    def receive(self) -> tuple[RoundPlan, Tensor]:
+        """Wait for the next plan and its message's bytes, which hold until the next receive."""
         if self._ahead is None:
             _, plan = self._order(Order.MESSAGE)
             assert plan is not None
             buffer = self._message_buffer(plan)
-            if plan.message_values(self.shapes):
+            if buffer.numel():
                 self.comm.Bcast(self._units(as_bytes(buffer)))
             self._ahead = plan, buffer
         received, self._ahead = self._ahead, None
         self._spare, (self._plan, self._message) = self._message, received
-        prepare(received[0])
         return received
 
     def _order(self, *expected: Order) -> tuple[Order, RoundPlan | None]:
@@ -69,7 +63,7 @@ class MpiWorker(Endpoint):
 
     def _message_buffer(self, plan: RoundPlan) -> Tensor:
         """Return the buffer that does not hold the message in hand, which counts until the next is whole."""
-        from mpifedlora.core.wire import padded
+        from mpifedlora.core.buffers import padded
 
         size = padded(self.wire.message_bytes(plan, self.shapes))
         if self._spare is None or self._spare.numel() != size:
@@ -112,7 +106,7 @@ class MpiWorker(Endpoint):
         return following, buffer
 
     def _gather_part(self, rows: UpdateRows, part: Part) -> MPI.Request:
-        from mpifedlora.core.wire import UNIT_BYTES, padded
+        from mpifedlora.core.buffers import UNIT_BYTES, padded
 
         rows.settle(part.uplink.stop)
         if len(rows) <= 1:

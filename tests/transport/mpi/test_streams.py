@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mpifedlora.core.aggregation import AGGREGATORS
+from mpifedlora.core.buffers import UNIT_BYTES, padded
 from mpifedlora.core.codec import piece_bytes
 from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.plan import HEADER_BYTES, plan_bytes
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.switches import Switches
-from mpifedlora.core.wire import UNIT_BYTES, UpdateHeader, UpdateRows, WireFormat, broadcast_values, padded
+from mpifedlora.core.wire import UpdateHeader, UpdateRows, WireFormat, broadcast_values
 from mpifedlora.transport import mpi
 from mpifedlora.transport.base import ORDER_BYTES
 
@@ -95,7 +96,7 @@ def trained_rows(case, plan, message, clients):
 def work(case, endpoint):
     """Follow the server's orders, as `runtime.worker.serve` does."""
     while True:
-        plan, message = endpoint.receive(lambda plan: None)
+        plan, message = endpoint.receive()
         if plan.stops:
             return
         before = message.clone()

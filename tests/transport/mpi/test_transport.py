@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mpifedlora.core.agreement import Status, check_agreement
+from mpifedlora.core.buffers import padded
 from mpifedlora.core.layout import DENSE, LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, plan_bytes
-from mpifedlora.core.wire import SummedRows, UpdateHeader, UpdateRows, WireFormat, padded
+from mpifedlora.core.wire import SummedRows, UpdateHeader, UpdateRows, WireFormat
 from mpifedlora.errors import ConfigError
 from mpifedlora.transport import mpi
 from mpifedlora.transport.base import ORDER_BYTES
@@ -117,10 +118,10 @@ def test_same_bits_and_bytes_as_in_one_process(comm, kind, wire):
     endpoint.open(SHAPES, len(plan.workers), wire)
     message = make_message(wire, plan)
     if not endpoint.is_server:
-        worker, prepared = Echo(endpoint.worker_id, wire), []
+        worker = Echo(endpoint.worker_id, wire)
         for _ in range(2):  # the second round reuses the buffers
-            got, received = endpoint.receive(prepared.append)
-            assert got == prepared.pop() == plan
+            got, received = endpoint.receive()
+            assert got == plan
             assert torch.equal(received, message)
             worker.receive(got, received)
             endpoint.submit_predictions(worker.predictions())
@@ -142,7 +143,7 @@ def test_bytes_crossed_by_hand(comm):
     message = make_message(WireFormat(), plan)
     if not endpoint.is_server:
         worker = Echo(endpoint.worker_id, WireFormat())
-        worker.receive(*endpoint.receive(lambda plan: None))
+        worker.receive(*endpoint.receive())
         endpoint.submit(worker.train())
         return
     endpoint.broadcast(plan, message)
@@ -192,7 +193,7 @@ def test_the_sum_is_exact_and_that_of_the_twin(comm, monkeypatch, dtype, largest
     if not endpoint.is_server:
         worker = Adder(endpoint.worker_id, dtype)
         for _ in range(2):
-            worker.receive(*endpoint.receive(lambda plan: None))
+            worker.receive(*endpoint.receive())
             endpoint.submit(worker.train())
         return
     twin = InProcessTransport([Adder(worker_id, dtype) for worker_id in range(endpoint.num_workers)])
@@ -279,7 +280,7 @@ def test_waiting_does_not_burn_the_core(opened):
         time.sleep(1.0)
         endpoint.broadcast(plan, message)
     else:
-        assert share_of_a_core(lambda: endpoint.receive(lambda plan: None)) < 0.3
+        assert share_of_a_core(lambda: endpoint.receive()) < 0.3
 
 
 def test_waiting_for_an_order_after_the_submission_does_not_either(opened):
@@ -290,7 +291,7 @@ def test_waiting_for_an_order_after_the_submission_does_not_either(opened):
         time.sleep(1.0)
         endpoint.collect_rows(plan)
     else:
-        rows = rows_of(endpoint, *endpoint.receive(lambda plan: None))
+        rows = rows_of(endpoint, *endpoint.receive())
         assert share_of_a_core(lambda: endpoint.submit(rows)) < 0.3
 
 
@@ -301,6 +302,6 @@ def test_waiting_for_workers_that_train_does_not_either(opened):
         assert share_of_a_core(lambda: endpoint.collect_headers(plan)) < 0.3
         endpoint.collect_rows(plan)
     else:
-        rows = rows_of(endpoint, *endpoint.receive(lambda plan: None))
+        rows = rows_of(endpoint, *endpoint.receive())
         time.sleep(1.0)
         endpoint.submit(rows)

@@ -1,0 +1,37 @@
+"""Buffers of bytes that cross the transport: their unit, and memory for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UNIT_BYTES = 64
+"""What crosses the transport is a whole number of these: MPI counts them, and so reaches 128 GiB.
+
+Rows start on cache lines too, so the bits of what is computed do not depend on a row's place."""
+
+
+def padded(size: int) -> int:
+    """Round a number of bytes up to whole units.
+
+    >>> padded(0), padded(1), padded(64)
+    (0, 64, 64)
+    """
+    return -(-size // UNIT_BYTES) * UNIT_BYTES
+
+
+def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> Tensor:
+    """Return a buffer of bytes, not set, which starts on a unit border.
+
+    Args:
+        size: in bytes.
+        device: where it lies.
+        is_pinned: whether it is page-locked, for copies from a GPU.
+    """
+    if device != "cpu" or is_pinned:
+        return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=is_pinned)
+    # numpy asks for huge pages, torch does not: MPI's copies between processes pay by the page.
+    memory = np.empty(size + UNIT_BYTES, np.uint8)
+    first = -memory.ctypes.data % UNIT_BYTES
+    return torch.from_numpy(memory[first : first + size])
