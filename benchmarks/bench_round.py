@@ -89,8 +89,8 @@ class Bare:
         switches = federation.make_switches(federation.spread(comm.size - 1, comm.size - 1), scope=case.scope)
         self.coordinator = federation.make_coordinator(case.shapes, switches)
         num_values = self.coordinator.state.numel()
-        self.message = torch.zeros(num_values)
-        self.rows = torch.zeros(1 if comm.rank else comm.size, num_values)
+        self.message = federation.written(num_values)
+        self.rows = federation.written(1 if comm.rank else comm.size, num_values)
         if comm.rank:
             federation.fill(self.rows[0], comm.rank - 1)
 

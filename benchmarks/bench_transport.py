@@ -58,10 +58,10 @@ class Bare:
     def __init__(self, comm: MPI.Comm, num_values: int) -> None:
         self.comm, self.is_server = comm, comm.rank == 0
         # Gather gives the server a place of its own, which stays empty.
-        self.rows = torch.zeros(comm.size if self.is_server else 1, num_values)
+        self.rows = federation.written(comm.size if self.is_server else 1, num_values)
         if not self.is_server:
             federation.fill(self.rows[0], comm.rank - 1)
-        self.message = torch.zeros(num_values)
+        self.message = federation.written(num_values)
         counts = [10 + client_id for client_id in range(comm.size - 1)]
         self.weights = normalise(counts)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,6 +158,15 @@ class PlayedWorker:
 def fill(values: Tensor, client_id: int) -> Tensor:
     """Overwrite (num_values,) with a client's values."""
     return values.normal_(0, 0.02, generator=torch.Generator().manual_seed(client_id))
+
+
+def written(*shape: int) -> Tensor:
+    """Return float32 of a shape for bare MPI calls, as fast as there is.
+
+    It lies on huge pages, which numpy asks for and torch does not, and has been written: zeros that never
+    were are one page, which stays in cache.
+    """
+    return torch.from_numpy(np.ones(shape, np.float32))
 
 
 def groups(world: MPI.Comm, sizes: Sequence[int]) -> Iterator[tuple[int, MPI.Comm | None]]:
