@@ -14,7 +14,7 @@ BIN := .venv/bin
 # Another environment that happens to be active does not count.
 unexport VIRTUAL_ENV PYTHONHOME
 
-.PHONY: help demo test lint types unit mpi bench data install clean
+.PHONY: help demo test lint types unit mpi bench data install clean slurm-cluster slurm-cluster-stop
 
 ## demo     fine-tune MiniLM in a federation of eight clients: a server and four workers over MPI
 demo: data
@@ -51,6 +51,14 @@ mpi: data
 bench: data
 	@echo "== benchmarks: quick forms, results in runs/bench/"
 	@benchmarks/quick.sh runs/bench
+
+## slurm-cluster       a throw-away Slurm cluster of two nodes on this machine, to play with
+slurm-cluster:
+	@tests/slurm/cluster.sh start
+
+## slurm-cluster-stop  remove it, with its jobs
+slurm-cluster-stop:
+	@tests/slurm/cluster.sh stop
 
 ## data     fetch the demo's data set and weights into the cache folder
 data: .venv/.installed

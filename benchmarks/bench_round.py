@@ -151,7 +151,7 @@ def phase_seconds(outcome: Outcome, phase: str) -> list[float]:
 
 
 def draw(outcomes: Sequence[Outcome], figure: Figure) -> None:
-    """Draw each case's median round as a bar of its phases, and a mark where the bare round is."""
+    """Draw the medians of each case: phases as a bar, and marks for the rounds that were timed in turn."""
     axes = figure.subplots()
     places = range(len(outcomes))
     before = [0.0] * len(outcomes)
@@ -159,18 +159,18 @@ def draw(outcomes: Sequence[Outcome], figure: Figure) -> None:
         widths = [1e3 * statistics.median(phase_seconds(outcome, phase)) for outcome in outcomes]
         axes.barh(places, widths, left=before, color=color, label=phase.removesuffix("_s"))
         before = [left + width for left, width in zip(before, widths, strict=True)]
-    wholes = [1e3 * statistics.median(phase_seconds(outcome, "round_s")) for outcome in outcomes]
-    rests = [max(0.0, whole - left) for whole, left in zip(wholes, before, strict=True)]
-    axes.barh(places, rests, left=before, color="0.7", label="all else")
-    bare = [1e3 * statistics.median(outcome.pair.second_s) for outcome in outcomes]
-    axes.plot(
-        bare, places, linestyle="", marker="|", markersize=30, color="black", label="bare MPI + arithmetic"
-    )
+    for seconds, marker, label in (
+        ("first_s", "D", "whole round, the package"),
+        ("second_s", "o", "whole round, bare MPI"),
+    ):
+        medians = [1e3 * statistics.median(getattr(outcome.pair, seconds)) for outcome in outcomes]
+        style = {"linestyle": "", "color": "black", "markerfacecolor": "white"}
+        axes.plot(medians, places, marker=marker, label=label, **style)
     axes.set(
         yticks=list(places), yticklabels=[outcome.case.label for outcome in outcomes], xlabel="ms a round"
     )
     axes.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=len(PHASES) + 2, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=10)
 
 
 def is_ulfm() -> bool:

@@ -149,10 +149,11 @@ def draw(outcomes: list[Outcome], figure: Figure) -> None:
         places = [place + 0.4 * index - 0.2 for place in range(len(outcomes))]
         ratios = [common.Pair(getattr(outcome, name), outcome.asleep_s).ratio for outcome in outcomes]
         axes.barh(places, ratios, height=0.38, color=common.COLORS[index], label=label)
-    axes.axvline(BOUND, color="black", linewidth=1)
+    axes.axvline(BOUND, color="black", linewidth=1, marker="", label="bound of the package")
     axes.set(yticks=range(len(outcomes)), yticklabels=[outcome.case.label for outcome in outcomes])
     axes.set_xlabel("training time / training time alone")
-    axes.legend()
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=3)
 
 
 @common.options

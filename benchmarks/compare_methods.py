@@ -60,10 +60,6 @@ class Trial:
 
 def run_trial(trial: Trial, run_file: str, common: Sequence[str], out: Path) -> Results:
     """Run a trial in one process with one thread, unless it has finished before."""
-    folder = trial.folder(out)
-    done = _finished(folder)
-    if done:
-        return done
     method = METHODS[trial.method]
     values = {
         **method.settings,
@@ -72,13 +68,32 @@ def run_trial(trial: Trial, run_file: str, common: Sequence[str], out: Path) -> 
         "evaluation.split": trial.split,
         "training.threads": "1",
     }
-    settings = [*common, *(f"{key}={value}" for key, value in values.items())]
-    command = [sys.executable, "-m", "mpifedlora", "run", run_file, "--out", str(folder), "--overwrite"]
+    return run_once(trial.folder(out), run_file, [*common, *assignments(values)])
+
+
+def run_once(folder: Path, run_file: str, settings: Sequence[str], launcher: Sequence[str] = ()) -> Results:
+    """Run into a folder, with the log beside it, unless a finished run lies there.
+
+    Args:
+        folder: of the run; what an unfinished run has left in it is overwritten.
+        run_file: TOML file.
+        settings: each `section.key=value`.
+        launcher: words before the command, such as those of mpirun; none for one process.
+    """
+    done = _finished(folder)
+    if done:
+        return done
+    command = [*launcher, sys.executable, "-m", "mpifedlora", "run", run_file]
+    command += ["--out", str(folder), "--overwrite"]
     command += [part for setting in settings for part in ("--set", setting)]
-    log = out / f"{folder.name}.log"
-    with log.open("w") as stream:
-        subprocess.run(command, check=True, stdout=stream, stderr=subprocess.STDOUT)
+    with Path(f"{folder}.log").open("w") as stream:
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
     return read_results(folder / "results.h5")
+
+
+def assignments(values: Mapping[str, str]) -> list[str]:
+    """Return `section.key=value` for each key."""
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def _finished(folder: Path) -> Results | None:
@@ -105,6 +120,15 @@ def _row(trial: Trial, results: Results) -> dict[str, object]:
         "sent_bytes": results.baselines.sent_bytes,
         "reduction_vs_full_model": round(results.baselines.reduction_vs_full_model, 4),
     }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write one line a row, under a line with the names of the first row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _table(rows: Iterable[Mapping[str, object]]) -> str:
@@ -188,11 +212,7 @@ def main(
         )
     rows = [_row(trial, results) for trial, results in {**tried, **measured}.items()]
     if csv_file:
-        csv_file.parent.mkdir(parents=True, exist_ok=True)
-        with csv_file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(csv_file, rows)
     print(_table(rows))
 
 

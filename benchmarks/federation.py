@@ -68,7 +68,7 @@ def make_switches(workers: Sequence[int], *, scope: str = "full", reduces: bool 
     return Switches(
         schedule=RankSchedule("constant", _FOREVER, 0, 1, LORA_RANK, LORA_RANK),
         learning_rate=lambda round_num, scope: 0.1,
-        choose_workers=lambda round_num: workers,
+        choose_workers=lambda round_num, without: workers,
         initiating_scope=scope,
         scope=scope,
         reduces=reduces,

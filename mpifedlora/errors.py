@@ -7,6 +7,8 @@
     |-- AggregationError  (ArithmeticError)  updates that cannot be combined
     |-- ProtocolError     (RuntimeError)     processes that disagree, messages out of order
     |-- TrainingError     (RuntimeError)     a client's local training
+    |-- WorkerLost        (RuntimeError)     a worker has died, the others live on
+    |-- RunLost           (RuntimeError)     nobody is left to go on with; the run can be resumed
     `-- CheckpointError   (OSError)          state on disk that cannot be written or read back
 
 Every message says what must hold, what was got, where, and what to do.
@@ -39,6 +41,14 @@ class ProtocolError(MpiFedLoraError, RuntimeError):
 
 class TrainingError(MpiFedLoraError, RuntimeError):
     """A failure in one client's local training."""
+
+
+class WorkerLost(MpiFedLoraError, RuntimeError):
+    """A worker has died, and the others live on: the transport can be repaired."""
+
+
+class RunLost(MpiFedLoraError, RuntimeError):
+    """The server, or the last worker, has died: the run ends here and can be resumed."""
 
 
 class CheckpointError(MpiFedLoraError, OSError):

@@ -9,6 +9,7 @@ import support
 import torch
 from safetensors.torch import load_file
 
+from mpifedlora.core.methods import METHODS
 from mpifedlora.io.results import read_results
 from mpifedlora.runtime import launch
 
@@ -17,6 +18,53 @@ NOT_COMPARED = {"train_s", "collect_s", "aggregate_s", "broadcast_s", "evaluate_
 
 HEADER_UP, NUM_MODULES = 128, 12
 HEADER_DOWN = 128 + 8 * NUM_MODULES
+
+
+TWO_OF_FOUR = "federation.cohort_size=2"
+UNLIKE = "lora.client_ranks=[1, 2, 4]"
+VALIDATION = "data.validation_fraction=0.2"
+PRIVATE = ["privacy.clip_norm=0.5", "privacy.noise_multiplier=1.0", "privacy.noise_seed=3"]
+PRIVATE += ["aggregation.weights=equal"]
+CUSTOM = "federation.method=custom"
+SMALL = "transport.chunk_bytes=1536"  # as few bytes as a part may have: most are of one module
+
+PRESETS = {name: [f"federation.method={name}"] for name in METHODS if name != "custom"}
+VARIANTS = {
+    "hetlora, ranks": [*PRESETS["hetlora"], UNLIKE],
+    "flexlora, ranks": [*PRESETS["flexlora"], UNLIKE],
+    "flora, ranks": [*PRESETS["flora"], UNLIKE],
+    "annealed ranks, cohort": [UNLIKE, TWO_OF_FOUR],
+    "rolora, cohort": [*PRESETS["rolora"], TWO_OF_FOUR, SMALL],
+    "fedsa-lora, cohort": [*PRESETS["fedsa-lora"], TWO_OF_FOUR, "evaluation.on=workers", SMALL],
+    "own head": [
+        CUSTOM,
+        SMALL,
+        "training.personal=b-and-head",
+        "evaluation.model=personal",
+        "aggregation.kind=factors",
+        "annealing.schedule=constant",
+        "initiating.rounds=0",
+    ],
+    "flora, cohort": [*PRESETS["flora"], TWO_OF_FOUR],
+    "scaffold with cuts": [
+        CUSTOM,
+        TWO_OF_FOUR,
+        "training.control_variates=true",
+        "training.optimizer=sgd",
+        "aggregation.kind=factors",
+        "initiating.mu=0",
+    ],
+    "fedyogi with cuts": [CUSTOM, "aggregation.kind=factors", "server_optimizer.kind=fedyogi"],
+    "residual with cuts": [CUSTOM, "aggregation.kind=residual"],
+    "spectral": ["annealing.allocation=spectral"],
+    "metropolis": ["annealing.schedule=metropolis", "annealing.cut=drop", VALIDATION],
+    "target": ["annealing.schedule=target", VALIDATION, SMALL],
+    "median": ["aggregation.robust=median", SMALL],
+    "multi-krum": ["aggregation.robust=multi-krum", "aggregation.num_byzantine=0"],
+    "private ffa-lora": [*PRESETS["ffa-lora"], *PRIVATE, TWO_OF_FOUR, "federation.sampling=poisson"],
+    "private fedavg": [*PRESETS["fedavg"], *PRIVATE],
+}
+RUNS = {**PRESETS, **VARIANTS}
 
 
 def shared_folder():
@@ -48,6 +96,8 @@ def contents(out):
     arrays = {**results.rounds, **{f"clients/{key}": value for key, value in results.clients.items()}}
     found = {key: value.tobytes() for key, value in arrays.items() if key.split("/")[-1] not in NOT_COMPARED}
     for file in sorted(out.rglob("*.*")):
+        if file.parent.name == "checkpoints":
+            continue  # they name the workers
         name = str(file.relative_to(out))
         if file.suffix == ".safetensors":
             found |= {f"{name}:{key}": value.numpy().tobytes() for key, value in load_file(file).items()}

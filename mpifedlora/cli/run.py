@@ -13,7 +13,7 @@ import click
     epilog="\b\nExample:\n"
     "  mpirun -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --set lora.rank_min=4",
 )
-@click.argument("run_file", type=click.Path(path_type=Path))
+@click.argument("run_file", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--out",
     required=True,
@@ -29,15 +29,30 @@ import click
     help="Override one key of the run file (repeatable). The value is read as TOML, else as text.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
-def command(run_file: Path, out: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on after the last checkpoint in --out, or start where there is none yet. Without RUN_FILE, "
+    "the run.toml there counts.",
+)
+def command(
+    run_file: Path | None, out: Path, overrides: tuple[str, ...], overwrite: bool, resume: bool
+) -> None:
     """Train the federation that RUN_FILE describes.
 
     RUN_FILE is TOML; docs/configuration.md lists its keys. Under mpirun, MPI rank 0 is the server and
     the other processes are workers; without mpirun everything runs in this process, with the same result.
 
+    After SIGUSR2, or when Slurm's time limit comes near, the run ends with the round in hand and exit
+    code 85; --resume takes it up again, bit for bit, on any number of workers.
+
     DIR gets results.h5 (metrics and bytes of every round), adapter/ (the trained adapter, as PEFT loads
-    it) and run.toml (the resolved configuration, itself a run file).
+    it), run.toml (the resolved configuration, itself a run file) and checkpoints/.
     """
     from mpifedlora.runtime import launch
 
-    sys.exit(launch.run(run_file, overrides, out, overwrite))
+    if run_file is None and not resume:
+        raise click.UsageError("RUN_FILE must be given, got none; name it, or add --resume")
+    if overwrite and resume:
+        raise click.UsageError("--overwrite and --resume exclude each other; choose one")
+    sys.exit(launch.run(run_file, overrides, out, overwrite, resumes=resume))

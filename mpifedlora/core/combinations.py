@@ -148,6 +148,9 @@ def _privacy_holds(config: RunTables) -> None:
     needs(config, subject, "aggregation.robust", "none", why=bounded)
     bars(config, subject, "aggregation.norm_bound", bounded)
     needs(config, subject, "training.control_variates", False, why="variates would be sent without noise")
+    needs(
+        config, subject, "faults.min_clients", 1, why="one client more or less would decide over all others"
+    )
     if config.federation.cohort_size is not None:
         why = "the accountant knows cohorts of clients that are drawn independently only"
         needs(config, subject, "federation.sampling", "poisson", why=why)
@@ -191,6 +194,16 @@ def _cohort_outnumbers_the_byzantine(config: RunTables) -> None:
             f"{extra} = {2 * num_byzantine + extra} clients",
             switch(config, key),
             f"raise {key}, or lower aggregation.num_byzantine",
+        )
+
+
+def _cohort_is_enough(config: RunTables) -> None:
+    key = "federation.num_clients" if config.federation.cohort_size is None else "federation.cohort_size"
+    if config.faults.min_clients > value_of(config, key):
+        refuse(
+            f"faults.min_clients must be at most {key}",
+            f"{config.faults.min_clients} and {value_of(config, key)}",
+            f"lower faults.min_clients, or raise {key}",
         )
 
 
@@ -285,6 +298,12 @@ def _losses_have_a_basis(config: RunTables) -> None:
         )
 
 
+def _deadlines_depend_on_the_machine(config: RunTables) -> None:
+    if config.faults.round_deadline_s is not None:
+        why = "who is late depends on the machine and its load"
+        needs(config, "faults.round_deadline_s", "federation.reproducible", False, why=why)
+
+
 def _compiled_code_may_differ(config: RunTables) -> None:
     if config.training.compile:
         why = "compiled kernels give other bits than eager ones, and on other machines"
@@ -303,6 +322,7 @@ RULES: tuple[Callable[[RunTables], None], ...] = (
     _server_optimizer_lasts,
     _variates_are_mean_gradients,
     _cohort_outnumbers_the_byzantine,
+    _cohort_is_enough,
     _robust_mean_has_a_basis,
     _base_takes_what_is_folded,
     _cuts_can_be_judged,
@@ -313,4 +333,5 @@ RULES: tuple[Callable[[RunTables], None], ...] = (
     _rounding_is_harmless,
     _losses_have_a_basis,
     _compiled_code_may_differ,
+    _deadlines_depend_on_the_machine,
 )

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mpifedlora.core.sections import (
+    CheckpointConfig,
     Count,
     DataConfig,
     EvaluationConfig,
+    FaultsConfig,
     FederationConfig,
     ModelConfig,
     NonNegative,
@@ -279,6 +281,8 @@ class RunTables(Section):
     privacy: PrivacyConfig = PrivacyConfig()  # type: ignore[call-arg]
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     transport: TransportConfig = TransportConfig()  # type: ignore[call-arg]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
+    faults: FaultsConfig = FaultsConfig()  # type: ignore[call-arg]
 
 
 def default_of(key: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpifedlora.core.faults import set_aside
 from mpifedlora.core.layout import ModelShapes, Parts
 from mpifedlora.core.plan import ABSENT, RoundPlan
 from mpifedlora.core.switches import Switches
@@ -15,6 +16,7 @@ def plan_round(
     lora_ranks: tuple[int, ...],
     frozen_ranks: tuple[int, ...],
     state_rounds: Sequence[int],
+    failures: Sequence[int],
 ) -> RoundPlan:
     """Return the plan of a round, as far as it says nothing of its message.
 
@@ -24,11 +26,13 @@ def plan_round(
         lora_ranks: rank of each module.
         frozen_ranks: of what is added to the base weights before the round.
         state_rounds: by client id, the round whose client state holds.
+        failures: by client id, in a row; who has too many is not chosen.
     """
     schedule = switches.schedule
     planned = min(round_num, schedule.num_rounds)
     scope = switches.round_scope(planned)
-    workers = tuple(switches.choose_workers(planned))
+    without = set_aside(failures, switches.max_failures) if round_num == planned else ()
+    workers = tuple(switches.choose_workers(planned, without))
     return RoundPlan(
         round_num=round_num,
         stage=schedule.stage(planned),

@@ -7,7 +7,7 @@ reads a clock or touches a file, so the same code runs under any transport and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,9 @@ from mpifedlora.core.aggregation import ModuleAggregate, ModuleSum, decompose
 from mpifedlora.core.allocation import spectral, uniform
 from mpifedlora.core.annealer import Annealer
 from mpifedlora.core.combining import Combination
+from mpifedlora.core.faults import count_failures
 from mpifedlora.core.fresh import initial_adapter
+from mpifedlora.core.history import Lasting, lasting, trained_base
 from mpifedlora.core.layout import Factors, ModelShapes
 from mpifedlora.core.lowrank import concatenate
 from mpifedlora.core.opening import (
@@ -65,23 +67,24 @@ class Coordinator:
         self.shapes, self.switches, self.seed = shapes, switches, seed
         self.annealer = Annealer(switches.schedule, switches.guidance, seed)
         self.flat_update = FlatUpdate(switches.combiner, switches.optimizer, switches.noise)
-        self.frozen: list[list[Factors]] = [[] for _ in shapes.modules]
-        self.body: Tensor | None = None  # trained base weights, once the `full` stage has ended
+        self.history: list[Lasting] = []  # what messages brought once, in order
         self.variate: Tensor | None = None  # mean control variate, once there is one
-        self.state_rounds = [0] * len(switches.choose_workers(1)) if switches.client_keeps_state else []
+        num_clients = len(switches.choose_workers(1, ()))
+        self.state_rounds = [0] * num_clients if switches.client_keeps_state else []
+        self.failures = [0] * num_clients  # in a row, by client id
         self.next_plan = self._plan(1, uniform(self.annealer.budget, shapes.modules), self._no_ranks)
         self.state = initial_state(self.next_plan)
         self.message = self.state[:0]
         self.wire = self.message.view(torch.uint8)  # of the message, as it is sent
-        self._lost: Lost | None = None
+        self.lost: Lost | None = None
         self.spare: Tensor | None = None  # buffer of a message that nobody reads any more
 
     @property
     def _no_ranks(self) -> tuple[int, ...]:
         return (0,) * len(self.shapes.modules)
 
-    def _plan(self, round_num: int, lora_ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> RoundPlan:
-        return plan_round(self.switches, round_num, lora_ranks, frozen_ranks, tuple(self.state_rounds))
+    def _plan(self, round_num: int, ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> RoundPlan:
+        return plan_round(self.switches, round_num, ranks, frozen_ranks, self.state_rounds, self.failures)
 
     def plan(self, *, evaluates: bool = False) -> RoundPlan:
         """Return the plan of the next round; after the last round, of the final model."""
@@ -102,7 +105,7 @@ class Coordinator:
         outcomes = self.switches.screening.choose(received, *combination.reference)
         used = [part for part in received if outcomes[part.update.client_id] == USED]
         weights = combination.weights(used)
-        self._remember([part.update for part in used])
+        self._remember([part.update for part in used], outcomes)
         aggregates = self._advance(combination, used, weights, judge)
         headers = [part.update for part in used]
         return report_round(headers, outcomes, weights, aggregates, sees_factors=not self.switches.keeps_b)
@@ -122,7 +125,7 @@ class Coordinator:
         admitted = admit(self.switches, headers)
         used, counts = admitted.used, [self.switches.counts(header) for header in admitted.used]
         mean, combination = total.div_(sum(counts) or 1).float(), self._combination()
-        self._remember(used)
+        self._remember(used, admitted.outcomes)
         parts = [combination.contribution(ClientUpdate(**vars(header), values=mean)) for header in used[:1]]
         aggregates = self._advance(combination, parts, [1.0] * len(parts), judge)
         return report_round(used, admitted.outcomes, admitted.weights, aggregates, sees_factors=False)
@@ -160,26 +163,26 @@ class Coordinator:
         if plan.scope != "full" and not plan.keeps_b and switches.freezes:
             forms = tuple(old - new for old, new in zip(plan.lora_ranks, ranks, strict=True))
         admitted = admit(switches, headers)
-        following = self._following(ranks, forms, (), self._states_after(admitted.used))
+        failures = count_failures(self.failures, admitted.outcomes)
+        following = self._following(ranks, forms, (), self._states_after(admitted.used), failures)
         opening = self._prepare(following)
         announced = following.stopped() if stops else replace(following, evaluates=evaluates)
         parts = parts_of(plan, announced, self.shapes, switches.wire, part_bytes)
-        return RoundStream(self._combination(), admitted, parts, budget, opening, announced, self._lost)
+        return RoundStream(self._combination(), admitted, parts, budget, opening, announced, self.lost)
 
     def commit(self, stream: RoundStream) -> RoundReport:
         """Take over what a stream has made, once all its parts are in and none was refused."""
-        self._remember(stream.admitted.used)
+        self._remember(stream.admitted.used, stream.admitted.outcomes)
         self.annealer.budget = stream.budget
         self._enter(stream.opening, stream.lost)
-        used, outcomes, weights = stream.admitted
-        seen = not self.switches.keeps_b
-        return report_round(used, outcomes, weights, stream.aggregates, sees_factors=seen)
+        return report_round(*stream.admitted, stream.aggregates, sees_factors=not self.switches.keeps_b)
 
     def _combination(self) -> Combination:
         return Combination(self.shapes, self.switches, self.next_plan, self.state, self.flat_update)
 
-    def _remember(self, used: Sequence[UpdateHeader]) -> None:
+    def _remember(self, used: Sequence[UpdateHeader], outcomes: Mapping[int, str]) -> None:
         plan = self.next_plan
+        self.failures = count_failures(self.failures, outcomes)
         self.state_rounds = self._states_after(used)
         if plan.has_variates:
             num_values = plan.shared_layout(self.shapes).num_values
@@ -248,7 +251,6 @@ class Coordinator:
         parts.base.copy_(flat[:num_body])
         opening.state.copy_(self._fresh(opening.plan, flat[num_body:]))
         self._open(complete(self.shapes, opening, None))
-        self.body = parts.base.clone()
 
     def _fresh(self, plan: RoundPlan, head: Tensor) -> Tensor:
         return initial_adapter(self.shapes, plan.lora_ranks, head, self.seed, plan.round_num)
@@ -268,14 +270,6 @@ class Coordinator:
         before = self.next_plan.shared_layout(self.shapes)
         return carry_variate(self.variate, before, replace(before, lora_ranks=ranks), maps)
 
-    def _keep_frozen(self, opening: Opening) -> None:
-        if self.switches.aggregator.folds:
-            return  # the directions of all rounds are no adapter of rank_max: the base weights hold them
-        layout = opening.plan.segments(self.shapes).frozen
-        flat = opening.plan.split(self.shapes, opening.message).frozen.clone()
-        for kept, factors in zip(self.frozen, layout.factors(flat), strict=True):
-            kept.extend([factors] if factors.lora_rank else [])
-
     def _assemble(
         self,
         ranks: tuple[int, ...],
@@ -290,7 +284,7 @@ class Coordinator:
         if self.switches.aggregator.folds:
             forms = tuple(map(frozen_form, self.shapes.modules, frozen)) or self._no_ranks
         mapped = before.lora_ranks if maps and self.next_plan.has_variates else ()
-        opening = self._prepare(self._following(ranks, forms, mapped, self.state_rounds))
+        opening = self._prepare(self._following(ranks, forms, mapped, self.state_rounds, self.failures))
         variate = self._carried_variate(ranks, maps)
         if mapped:
             write_maps(self.shapes, opening, maps)
@@ -311,8 +305,9 @@ class Coordinator:
         forms: tuple[int, ...],
         mapped: tuple[int, ...],
         states: Sequence[int],
+        failures: Sequence[int],
     ) -> RoundPlan:
-        plan = plan_round(self.switches, self.next_plan.round_num + 1, ranks, forms, states)
+        plan = plan_round(self.switches, self.next_plan.round_num + 1, ranks, forms, states, failures)
         parts = parts_to_send(self.switches, self.next_plan, self.shapes, ranks)
         return replace(plan, sends_state=True, sends_parts=parts, mapped_ranks=mapped)
 
@@ -321,11 +316,14 @@ class Coordinator:
         return prepare(self.shapes, plan, self.switches.wire, spare)
 
     def _open(self, opening: Opening) -> None:
-        self._enter(opening, round_message(self.shapes, opening, self.switches.wire, self._lost))
+        self._enter(opening, round_message(self.shapes, opening, self.switches.wire, self.lost))
 
     def _enter(self, opening: Opening, lost: Lost | None) -> None:
-        self._keep_frozen(opening)
-        self._lost = lost
+        # Directions that are folded in are no adapter of rank_max: only the base weights hold them.
+        is_kept = not self.switches.aggregator.folds
+        kept = lasting(opening.plan, self.shapes, opening.message, with_frozen=is_kept)
+        self.history += [kept] if kept else []
+        self.lost = lost
         self.next_plan, self.message, self.state, self.wire = opening
 
     def adapter(self) -> tuple[list[Factors], list[Tensor]]:
@@ -334,17 +332,18 @@ class Coordinator:
         The joined rank is at most rank_max, the rank that training started with.
         """
         layout = self.next_plan.layout(self.shapes)
-        pairs = zip(layout.factors(self.state), self.frozen, strict=True)
-        joined = [concatenate([active, *frozen]) for active, frozen in pairs]
-        return joined, layout.whole_tensors(self.state)
+        frozen = [one.frozen(self.shapes) for one in self.history]
+        joined = map(concatenate, zip(layout.factors(self.state), *frozen, strict=True))
+        return list(joined), layout.whole_tensors(self.state)
 
     def base_weights(self) -> dict[str, Tensor]:
         """Return the base weights that a `full` stage has trained, by name."""
         if self.next_plan.scope == "full":
             layout, flat = self.shapes.full(), self.state
-        elif self.body is not None:
-            layout, flat = self.shapes.base(), self.body
         else:
-            return {}
+            body = trained_base(self.history, self.shapes)
+            if body is None:
+                return {}
+            layout, flat = self.shapes.base(), body
         tensors = layout.whole_tensors(flat)
         return {shape.name: tensor for shape, tensor in zip(layout.whole, tensors, strict=True)}

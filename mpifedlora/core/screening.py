@@ -49,13 +49,13 @@ class Screening:
             with the B A of the client's own rank.
         krum: `krum`, `multi-krum`, or nothing.
         num_byzantine: clients that Krum withstands.
-        least: updates that must be left for any of them to be used.
+        least: updates that must be left, before Krum chooses, for any of them to be used.
     """
 
     norm_bound: float | None = None
     krum: str = ""
     num_byzantine: int = 0
-    least: int = 0
+    least: int = 1
 
     @property
     def compares(self) -> bool:
@@ -65,7 +65,7 @@ class Screening:
     def choose(
         self, contributions: Sequence[Contribution], factors: Sequence[Factors], whole: Tensor
     ) -> dict[int, str]:
-        """Return the outcome of each client: USED, NOT_FINITE, ABOVE_BOUND or NOT_CHOSEN.
+        """Return the outcome of each client: USED, its fault, NOT_FINITE, ABOVE_BOUND or NOT_CHOSEN.
 
         Args:
             contributions: of the round.
@@ -79,6 +79,8 @@ class Screening:
         return {**outcomes, **dict.fromkeys(rejected, NOT_CHOSEN)}
 
     def _outcome(self, part: Contribution, factors: Sequence[Factors], whole: Tensor) -> str:
+        if part.update.fault:
+            return part.update.fault
         # One value that is not finite makes the sum so, whatever the client's header says.
         if not (part.update.is_finite and bool(part.values.sum().isfinite())):
             return NOT_FINITE
@@ -89,8 +91,10 @@ class Screening:
         return USED if norm <= self.norm_bound else ABOVE_BOUND
 
     def _chosen(self, left: Sequence[Contribution], whole: Tensor) -> Sequence[Contribution]:
+        if len(left) < self.least:
+            return []
         if not self.krum:
-            return left if len(left) >= self.least else []
+            return left
         if len(left) < smallest_cohort(self.num_byzantine):
             return []  # too few are left to tell who is honest
         return [left[index] for index in self._closest(left, whole)]

@@ -205,3 +205,30 @@ class TransportConfig(Section):
         description="How updates leave a GPU. `direct`: MPI reads GPU memory (it must be CUDA-aware); "
         "`staged`: by way of page-locked memory; `auto`: `direct` where a trial transfer works.",
     )
+
+
+class CheckpointConfig(Section):
+    """`[checkpoint]`: what a run that was cut short goes on from."""
+
+    every: Count = Field(1, description="Rounds between checkpoints; 0: only where a run is interrupted.")
+    keep: PositiveInt = Field(2, description="How many of the latest checkpoints stay.")
+
+
+class FaultsConfig(Section):
+    """`[faults]`: what happens when a client or a worker fails."""
+
+    min_clients: PositiveInt = Field(
+        1,
+        description="Updates that must be usable for a round to change the model; with fewer the round is "
+        "lost, and the global state stands.",
+    )
+    max_failures: PositiveInt = Field(
+        3,
+        description="Rounds in a row in which a client fails (it raises, runs out of memory, or its values "
+        "are not finite) after which it is no longer chosen; rounds without it do not count.",
+    )
+    round_deadline_s: Positive | None = Field(
+        None,
+        description="Seconds that a worker has for its clients of a round. A client that is then in training "
+        "(looked at between its steps) or still waits is left out as late. Such a run is not reproducible.",
+    )

@@ -121,6 +121,15 @@ class CutMap(NamedTuple):
     b: Tensor
 
 
+class Cut(NamedTuple):
+    """How a cut mapped the factors, before the round that it opened."""
+
+    round_num: int
+    before: AdapterLayout
+    after: AdapterLayout
+    maps: list[CutMap]
+
+
 def cut_map(mean: Factors, svd: Svd, lora_rank: int) -> CutMap:
     """Return the map from mean factors to the leading directions of their product.
 

@@ -32,6 +32,7 @@ class GaussianNoise:
         expected_cohort: clients that take part in a round on average; the sum is divided by it, and
             not by those that came, so that nobody's presence changes the others' weight.
         generator: of the noise.
+        is_fixed: whether its seed was given: then its state may be saved, and the noise drawn again.
 
     References:
         DP-FedAvg, arXiv 1710.06963, the estimator with a fixed denominator.
@@ -41,6 +42,7 @@ class GaussianNoise:
     noise_multiplier: float
     expected_cohort: float
     generator: torch.Generator
+    is_fixed: bool = False
 
 
 class FlatUpdate:

@@ -42,17 +42,18 @@ class Admitted(NamedTuple):
 
 
 def admit(switches: Switches, headers: Sequence[UpdateHeader]) -> Admitted:
-    """Admit the updates that say that they are finite, if there are enough of them.
+    """Admit the updates whose headers tell of no fault, if there are enough of them.
 
     Args:
         switches: of a method that compares no updates.
         headers: of the cohort, any order.
     """
     ordered = sorted(headers, key=lambda header: header.client_id)
-    finite = [header for header in ordered if header.is_finite]
-    used = finite if len(finite) >= switches.screening.least else []
+    wrong = {header.client_id: header.fault or ("" if header.is_finite else NOT_FINITE) for header in ordered}
+    sound = [header for header in ordered if not wrong[header.client_id]]
+    used = sound if len(sound) >= switches.screening.least else []
     kept = USED if used else NOT_CHOSEN
-    outcomes = {header.client_id: kept if header.is_finite else NOT_FINITE for header in ordered}
+    outcomes = {client_id: reason or kept for client_id, reason in wrong.items()}
     weights = normalise([switches.counts(header) for header in used]) if used else []
     return Admitted(used, outcomes, weights)
 

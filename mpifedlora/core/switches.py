@@ -22,7 +22,9 @@ class Switches:
     Args:
         schedule: rank budget and stages.
         learning_rate: of a round, given its number and scope.
-        choose_workers: worker of each client of a round (by client id, or ABSENT), given its number.
+        choose_workers: worker of each client of a round (by client id, or ABSENT), given its number
+            and the clients that are set aside.
+        max_failures: in a row, that set a client aside.
         initiating_scope: what the initiating stage trains, `adapter` or `full`.
         scope: what is trained after it: `adapter`, `full`, `b-only` or `alternating`.
         keeps_b: whether B stays with its client.
@@ -47,7 +49,8 @@ class Switches:
 
     schedule: RankSchedule
     learning_rate: Callable[[int, str], float]
-    choose_workers: Callable[[int], Sequence[int]]
+    choose_workers: Callable[[int, Sequence[int]], Sequence[int]]
+    max_failures: int = 3
     initiating_scope: str = "adapter"
     scope: str = "adapter"
     keeps_b: bool = False

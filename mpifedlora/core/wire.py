@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,13 +23,16 @@ from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, header_
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ProtocolError
 
+FAILED, LATE = "failed", "late"
 VALUE_BYTES = 4
+_FAULTS = ("", FAILED, LATE)
 _COPIED_VALUES = 2**18  # of a piece that is copied from a GPU while the piece before is sent
 UPDATE_HEADER = header_record(
     round_num="<i4",
     client_id="<i4",
     stage="<i4",
     is_finite="<i4",
+    fault="<i4",
     ranks_digest="<u4",
     num_examples="<i8",
     num_steps="<i8",
@@ -152,7 +155,8 @@ class UpdateHeader:
         train_loss: mean task loss over its steps.
         penalty: mean proximal penalty over its steps.
         train_s: seconds it trained.
-        is_finite: whether all values are finite.
+        is_finite: whether all values are finite; not where there are none.
+        fault: why there are none: FAILED or LATE; the row is then mere zeros.
     """
 
     client_id: int
@@ -162,6 +166,7 @@ class UpdateHeader:
     penalty: float
     train_s: float
     is_finite: bool
+    fault: str = field(default="", kw_only=True)
 
     def write(self, rows: UpdateRows, index: int, plan: RoundPlan) -> None:
         """Write it into the header of a row."""
@@ -170,6 +175,7 @@ class UpdateHeader:
         header["stage"] = STAGES.index(plan.stage)
         header["ranks_digest"] = ranks_digest(plan.lora_ranks)
         header["num_bytes"] = rows.sizes[index]
+        header["fault"] = _FAULTS.index(self.fault)
         for name in _COPIED:
             header[name] = getattr(self, name)
 
@@ -197,7 +203,8 @@ class UpdateHeader:
                 "report it"
             )
         kinds = {"client_id": int, "num_examples": int, "num_steps": int, "is_finite": bool}
-        return UpdateHeader(**{name: kinds.get(name, float)(record[name]) for name in _COPIED})
+        copied = {name: kinds.get(name, float)(record[name]) for name in _COPIED}
+        return UpdateHeader(**copied, fault=_FAULTS[record["fault"]])
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from mpifedlora.errors import ConfigError
@@ -16,8 +19,11 @@ ADAPTER_FOLDER = "adapter"
 BASE_FOLDER = "base_model"
 CLIENT_ADAPTERS_FOLDER = "client_adapters"
 CLIENT_STATES_FOLDER = "client_states"
-_LEFT_BEHIND = (RESULTS_FILE, RUN_FILE, ADAPTER_FOLDER, BASE_FOLDER, CLIENT_ADAPTERS_FOLDER)
-_OWN = (*_LEFT_BEHIND, CLIENT_STATES_FOLDER)
+CHECKPOINTS_FOLDER = "checkpoints"
+LOCK_FILE = ".lock"
+_EXPORTED = (ADAPTER_FOLDER, BASE_FOLDER, CLIENT_ADAPTERS_FOLDER)
+_LEFT_BEHIND = (RESULTS_FILE, RUN_FILE, *_EXPORTED)
+_OWN = (*_LEFT_BEHIND, CLIENT_STATES_FOLDER, CHECKPOINTS_FOLDER)
 
 
 def check_output_folder(out: Path, *, overwrite: bool) -> None:
@@ -30,7 +36,7 @@ def check_output_folder(out: Path, *, overwrite: bool) -> None:
     if held and not overwrite:
         raise ConfigError(
             f"--out must be a folder without a run, got {out}, which holds {held[0]}; "
-            "choose another folder, or add --overwrite"
+            "choose another folder, add --resume to go on, or --overwrite"
         )
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not parent.is_dir():
@@ -45,15 +51,20 @@ def check_output_folder(out: Path, *, overwrite: bool) -> None:
         ) from error
 
 
-def prepare_output_folder(out: Path, run_file_text: str) -> None:
+def prepare_output_folder(out: Path, run_file_text: str, *, resumes: bool = False) -> None:
     """Make the folder of a run, remove what an older run left in it, and write the run file.
+
+    Args:
+        out: the folder.
+        run_file_text: of the resolved configuration.
+        resumes: whether the run in the folder goes on: only what it makes anew at its end is removed.
 
     Raises:
         ConfigError: if the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in _OWN:
+        for name in _EXPORTED if resumes else _OWN:
             old = out / name
             if old.is_dir():
                 shutil.rmtree(old)
@@ -64,6 +75,62 @@ def prepare_output_folder(out: Path, run_file_text: str) -> None:
         raise ConfigError(
             f"--out must be writable, got {out} ({error.strerror or error}); choose another folder"
         ) from error
+
+
+class FolderLock:
+    """Keeps a second run out of a folder until it is released, or this process ends.
+
+    Args:
+        out: the folder of the run.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path, self._file = out / LOCK_FILE, -1
+
+    def take(self) -> None:
+        """Take the lock, if this process has not; a file system without locks is told nothing.
+
+        Raises:
+            ConfigError: if another process holds it.
+        """
+        if self._file >= 0:
+            return
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return  # a folder that cannot be written is told by what must be written to it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(file, 200).decode(errors="replace") or "another process"
+            os.close(file)
+            raise ConfigError(
+                f"--out must be used by one run at a time, got {self._path.parent}, which {holder} writes "
+                "to; wait until it has ended, end it, or choose another folder"
+            ) from error
+        except OSError:
+            pass
+        if not _is_still_there(file, self._path):  # its holder has just let go, and removed it
+            os.close(file)
+            return self.take()
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._file = file
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._file >= 0:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            os.close(self._file)
+        self._file = -1
+
+
+def _is_still_there(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except OSError:
+        return False
 
 
 def free_name(path: Path) -> str:

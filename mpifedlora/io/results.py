@@ -30,7 +30,7 @@ from mpifedlora.io.results_schema import (
     check_shape,
 )
 
-Status = Literal["running", "finished", "failed"]
+Status = Literal["running", "interrupted", "finished", "failed"]
 StrPath = str | os.PathLike[str]
 
 
@@ -42,13 +42,14 @@ class ResultsWriter:
     Args:
         path: the file to write; its folder must exist.
         info: what ran.
+        rows: the rounds that a resumed run has already.
     """
 
-    def __init__(self, path: StrPath, info: RunInfo) -> None:
+    def __init__(self, path: StrPath, info: RunInfo, rows: Iterable[RoundRow] = ()) -> None:
         # Resolved once: a later chdir changes nothing, and a symbolic link is followed, not replaced.
         self._path = Path(os.path.realpath(path))
         self._info = info
-        self._rows: list[RoundRow] = []
+        self._rows: list[RoundRow] = list(rows)
         self._status: Status = "running"
         self._baselines: Baselines | None = None
         remove_stale_temporaries(self._path)
@@ -73,7 +74,7 @@ class ResultsWriter:
         self._rows.append(replace(row, **copies))
 
     def set_status(self, status: Status) -> None:
-        """Set the run's status: `running` (from the start), `finished` or `failed`.
+        """Set the run's status: `running` (from the start), `interrupted`, `finished` or `failed`.
 
         Raises:
             ValueError: if it is none of them.
@@ -127,7 +128,7 @@ class Results:
 
     Args:
         info: what ran.
-        status: `running` (or killed), `finished` or `failed`.
+        status: `running` (or killed), `interrupted`, `finished` or `failed`.
         rounds: name to array of `/rounds`, shape (rounds,), `module_ranks` (rounds, modules).
         clients: name to array of `/clients`, shape (rounds, clients).
         baselines: what the bytes compare with, if the run came to tell.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,28 +22,51 @@ from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.switches import Switches
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.adapter_files import write_adapter, write_base_weights
+from mpifedlora.io.checkpoints import CheckpointStore
 from mpifedlora.io.output_folder import (
     ADAPTER_FOLDER,
     BASE_FOLDER,
+    CHECKPOINTS_FOLDER,
     CLIENT_ADAPTERS_FOLDER,
     RESULTS_FILE,
     RUN_FILE,
+    FolderLock,
     free_name,
     prepare_output_folder,
 )
 from mpifedlora.io.process import available_bytes, seconds_since_start
 from mpifedlora.io.results import ResultsWriter
-from mpifedlora.io.results_schema import RunInfo
+from mpifedlora.io.results_schema import RoundRow, RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
 from mpifedlora.runtime.announcement import first_lines
+from mpifedlora.runtime.checkpointing import Checkpointer, Resumption, snapshot
 from mpifedlora.runtime.gpu_buffers import used_gpu_buffers
+from mpifedlora.runtime.interruption import EXIT_INTERRUPTED, Interruption
 from mpifedlora.runtime.method import build_switches, choose_collect, expected_cohort, has_private_noise
 from mpifedlora.runtime.progress import Progress, summarise
+from mpifedlora.runtime.resuming import Resumable
 from mpifedlora.runtime.server import Server
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.transport.base import ServerTransport
 
 EXIT_OK, EXIT_NOT_SAVED = 0, 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins and may end.
+
+    Args:
+        lock: of its folder.
+        interruption: what may end it early.
+        resumable: results that it goes on from.
+        resumption: state that it goes on from.
+    """
+
+    lock: FolderLock
+    interruption: Interruption
+    resumable: Resumable | None = None
+    resumption: Resumption | None = None
 
 
 def conduct(
@@ -53,6 +76,7 @@ def conduct(
     transport: ServerTransport,
     library: str,
     statuses: Sequence[Status],
+    start: Start,
 ) -> int:
     """Run all rounds, write results while they come in, and the adapter at the end.
 
@@ -66,39 +90,68 @@ def conduct(
         transport: to the workers.
         library: name and version of what carries the messages.
         statuses: of all processes, the server's first.
+        start: what the run goes on from, and what may end it early.
 
     Returns:
-        Exit code: 0, or 1 if something could not be saved.
+        Exit code: 0, 1 if something could not be saved, or 85 where the run ended early.
     """
     started = time.perf_counter()
     config = resolved.config
-    prepare_output_folder(out, write_run_file(config))
+    prepare_output_folder(out, write_run_file(config), resumes=start.resumable is not None)
+    start.lock.take()
     reduces = choose_collect(config, replica.model.shapes, available_bytes()) == "reduce"
     switches = _switches(config, replica, transport, reduces=reduces)
     model = replica.model
     coordinator = Coordinator(model.shapes, switches, model.initial_state, config.federation.seed)
     collect = _describe_collect(config, coordinator, transport)
     info = _run_info(config, replica, transport, library, statuses, collect)
-    writer = ResultsWriter(out / RESULTS_FILE, info)
+    rows = []
+    if start.resumable is not None:
+        rows, info = start.resumable.rows, replace(info, created=start.resumable.created)
+    writer = ResultsWriter(out / RESULTS_FILE, info, rows)
     with Progress(config.federation.num_rounds) as progress:
-        server = _server(config, coordinator, replica, transport, progress)
+        server = _server(config, coordinator, replica, transport, progress, start)
+        if start.resumption is not None:
+            start.resumption.restore(server)
+            writer.set_baselines(server.baselines())
         num_parameters = replica.model.shapes.full().num_values
-        progress.start(first_lines(resolved, info, num_parameters, out))
+        progress.start([*first_lines(resolved, info, num_parameters, out), *_resumed(rows)])
         saver = _Saver(progress)
         saver.attempt(writer.write)
+        checkpointer = _checkpointer(out, config, replica, coordinator)
         try:
-            _run_rounds(server, writer, saver, progress)
+            _run_rounds(server, writer, saver, progress, checkpointer, config)
         except BaseException:
             writer.set_status("failed")
             saver.attempt(writer.write)
             raise
-        writer.set_status("finished")
-        is_saved = saver.attempt(lambda: _export(out, config, replica, server.coordinator))
+        is_saved = saver.attempt(checkpointer.settle)
+        is_whole = len(writer.rows) == config.federation.num_rounds
+        writer.set_status("finished" if is_whole else "interrupted")
+        if is_whole:
+            is_saved = saver.attempt(lambda: _export(out, config, replica, server.coordinator)) and is_saved
         is_saved = saver.attempt(writer.write) and is_saved
         files = {name: free_name(out / name) for name in _left_behind(out)}
         wall_s = time.perf_counter() - started
         progress.finish(summarise(writer.rows, baselines=server.baselines(), wall_s=wall_s, files=files))
-    return EXIT_OK if is_saved else EXIT_NOT_SAVED
+        if not is_whole:
+            progress.warn(
+                f"interrupted after round {len(writer.rows)} of {config.federation.num_rounds}; go on with: "
+                f"mpifedlora run --resume --out {free_name(out)}"
+            )
+    if not is_saved:
+        return EXIT_NOT_SAVED
+    return EXIT_OK if is_whole else EXIT_INTERRUPTED
+
+
+def _resumed(rows: Sequence[RoundRow]) -> list[str]:
+    return [f"resumed after round {rows[-1].round_num}"] if rows else []
+
+
+def _checkpointer(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> Checkpointer:
+    keep = config.checkpoint.keep
+    store = CheckpointStore(out / CHECKPOINTS_FOLDER, keep)
+    return Checkpointer(store, replica.memory.store, keep, coordinator.state_rounds)
 
 
 class _Saver:
@@ -144,6 +197,7 @@ def _server(
     replica: Replica,
     transport: ServerTransport,
     progress: Progress,
+    start: Start,
 ) -> Server:
     return Server(
         coordinator,
@@ -157,6 +211,8 @@ def _server(
         pipeline=config.transport.pipeline,
         part_bytes=config.transport.chunk_bytes,
         reduce_dtype=config.transport.reduce_dtype,
+        ends_early=start.interruption.is_due,
+        keeps_states=config.checkpoint.every > 0,
     )
 
 
@@ -172,12 +228,25 @@ def _mean_rank(plan: RoundPlan) -> float:
     return sum(plan.lora_ranks) / len(plan.lora_ranks) if plan.scope != "full" else 0.0
 
 
-def _run_rounds(server: Server, writer: ResultsWriter, saver: _Saver, progress: Progress) -> None:
+def _run_rounds(
+    server: Server,
+    writer: ResultsWriter,
+    saver: _Saver,
+    progress: Progress,
+    checkpointer: Checkpointer,
+    config: RunConfig,
+) -> None:
+    every, num_rounds = config.checkpoint.every, config.federation.num_rounds
     for row in server.rounds():
         writer.add(row)
         writer.set_baselines(server.baselines())
         progress.round_finished(row)
-        saver.attempt(writer.write)
+        is_cut_short = server.is_last and row.round_num < num_rounds
+        is_due = every > 0 and (row.round_num % every == 0 or row.round_num == num_rounds)
+        # A checkpoint counts on its rounds' rows, so it comes after them.
+        if saver.attempt(writer.write) and (is_due or is_cut_short):
+            taken = snapshot(server, config)
+            saver.attempt(partial(checkpointer.save, row.round_num, taken))
 
 
 def _export(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> None:

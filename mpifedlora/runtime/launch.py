@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, TypeVar
 from mpifedlora.core.agreement import Status, check_agreement
 from mpifedlora.core.config import RunConfig
 from mpifedlora.errors import MpiFedLoraError
-from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, check_output_folder
+from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, RUN_FILE, FolderLock, check_output_folder
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
 from mpifedlora.runtime.gpu_buffers import DIRECT_MARK, choose_gpu_buffers
+from mpifedlora.runtime.interruption import Interruption
 from mpifedlora.runtime.method import check_parts, client_keeps_state, wire_format
+from mpifedlora.runtime.resuming import Resumable, find_resumable
 from mpifedlora.transport.base import Endpoint
 
 if TYPE_CHECKING:
     from mpifedlora.io.client_store import ClientStore
+    from mpifedlora.runtime.checkpointing import Resumption
     from mpifedlora.runtime.setup import Replica
     from mpifedlora.runtime.worker import Worker
     from mpifedlora.transport.mpi import Communicator
@@ -38,33 +41,54 @@ class Request:
     overrides: Sequence[str]
     out: Path
     overwrite: bool
+    resumes: bool
+    lock: FolderLock
+    interruption: Interruption
 
 
 def run(
-    run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool, comm: Communicator | None = None
+    run_file: Path | None,
+    overrides: Sequence[str],
+    out: Path,
+    overwrite: bool,
+    comm: Communicator | None = None,
+    *,
+    resumes: bool = False,
 ) -> int:
     """Run a federation: all of it in one process, or this process's part of it under MPI.
 
     Args:
-        run_file: TOML run file.
+        run_file: TOML run file; None is that of the run in `out`.
         overrides: `section.key=value` texts.
         out: folder for the results.
         overwrite: whether an older run in `out` is replaced.
         comm: communicator of the federation; by default the whole job's, if MPI started it.
+        resumes: whether the run in `out` goes on; where it has finished no round, it starts anew.
 
     Returns:
-        Exit code. A failed set-up is raised on the server and a mere code on the workers, so that
-        it is reported once.
+        Exit code; 85 where a signal or Slurm's time limit ended the run early. A failed set-up is
+        raised on the server and a mere code on the workers, so that it is reported once.
 
     Raises:
         MpiFedLoraError: if the set-up failed, on the server's process.
     """
-    request = Request(Path(run_file), overrides, Path(out).expanduser(), overwrite)
+    out = Path(out).expanduser()
+    source = out / RUN_FILE if run_file is None else Path(run_file)
+    request = Request(source, overrides, out, overwrite, resumes, FolderLock(out), Interruption())
     setup.collect_rarely()
     setup.quiet_libraries()
+    with request.interruption:
+        try:
+            return _run(request, comm)
+        finally:
+            request.lock.release()
+
+
+def _run(request: Request, comm: Communicator | None) -> int:
     endpoint = _connect(comm)
+    request.interruption.is_server = endpoint.is_server
     try:
-        resolved, _ = _agree(endpoint, lambda: _check(request, endpoint))
+        (resolved, resumable), _ = _agree(endpoint, lambda: _check(request, endpoint))
         replica, statuses = _agree(endpoint, lambda: _build(request, resolved.config, endpoint))
         if client_keeps_state(resolved.config):
             _agree(endpoint, lambda: _find_token(replica.memory.store, endpoint))
@@ -73,7 +97,7 @@ def run(
             raise
         return EXIT_FAILED_ELSEWHERE
     try:
-        return _take_part(request, resolved, replica, statuses, endpoint)
+        return _take_part(request, resolved, resumable, replica, statuses, endpoint)
     except Exception as error:
         endpoint.abort(_last_words(error))
         raise
@@ -102,12 +126,18 @@ def _agree(
     return result, statuses
 
 
-def _check(request: Request, endpoint: Endpoint) -> tuple[ResolvedRun, Mapping[str, str], str]:
-    resolved = read_run_file(request.run_file, request.overrides)
+def _check(
+    request: Request, endpoint: Endpoint
+) -> tuple[tuple[ResolvedRun, Resumable | None], Mapping[str, str], str]:
+    resolved, resumable = read_run_file(request.run_file, request.overrides), None
     if endpoint.is_server:
-        check_output_folder(request.out, overwrite=request.overwrite)
+        check_output_folder(request.out, overwrite=request.overwrite or request.resumes)
+        if request.out.is_dir():
+            request.lock.take()
+        if request.resumes:
+            resumable = find_resumable(request.out, resolved.config)
         setup.check_inputs(resolved.config)
-    return resolved, _digests(resolved.config), ""
+    return (resolved, resumable), _digests(resolved.config), ""
 
 
 def _build(request: Request, config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str, str], str]:
@@ -145,9 +175,14 @@ def _digests(config: RunConfig) -> dict[str, str]:
 
 
 def _take_part(
-    request: Request, resolved: ResolvedRun, replica: Replica, statuses: list[Status], endpoint: Endpoint
+    request: Request,
+    resolved: ResolvedRun,
+    resumable: Resumable | None,
+    replica: Replica,
+    statuses: list[Status],
+    endpoint: Endpoint,
 ) -> int:
-    from mpifedlora.runtime.federation import conduct
+    from mpifedlora.runtime.federation import Start, conduct
     from mpifedlora.runtime.worker import serve
     from mpifedlora.transport import inprocess, mpi
 
@@ -161,17 +196,35 @@ def _take_part(
         part_bytes=config.transport.chunk_bytes,
         is_pinned=is_pinned,
     )
+    resumption = _recover(request, resumable, replica, endpoint)
+    start = Start(request.lock, request.interruption, resumable, resumption)
     if isinstance(endpoint, mpi.MpiWorker):
         is_direct = _gpu_buffers(config, str(model.device), endpoint) == "direct"
         worker = _worker(endpoint.worker_id, endpoint.num_workers, replica, config, is_direct=is_direct)
         serve(worker, endpoint)
         return 0
     if isinstance(endpoint, mpi.MpiServer):
-        return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses)
+        return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses, start)
     own, _, device = _build(request, config, endpoint)
+    if resumption is not None:
+        resumption.recover(own.model)
     alone = inprocess.InProcessTransport([_worker(0, 1, own, config)])
     both = [*statuses, Status(endpoint.place.host, {}, device=device)]
-    return conduct(request.out, resolved, replica, alone, endpoint.library, both)
+    return conduct(request.out, resolved, replica, alone, endpoint.library, both, start)
+
+
+def _recover(
+    request: Request, resumable: Resumable | None, replica: Replica, endpoint: Endpoint
+) -> Resumption | None:
+    """Bring a process's model to where the run goes on; only the server has read the checkpoint."""
+    from mpifedlora.runtime.checkpointing import Resumption
+
+    content = endpoint.share(resumable.content if resumable else b"") if request.resumes else b""
+    if not content:
+        return None
+    resumption = Resumption.read(content)
+    resumption.recover(replica.model)
+    return resumption
 
 
 def _worker(
@@ -187,6 +240,7 @@ def _worker(
         reduce_dtype=config.transport.reduce_dtype,
         counts_examples=config.aggregation.weights == "examples",
         is_direct=is_direct,
+        round_deadline_s=config.faults.round_deadline_s,
     )
 
 

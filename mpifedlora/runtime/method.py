@@ -16,7 +16,7 @@ from mpifedlora.core.config import RunConfig
 from mpifedlora.core.method_config import ranks_of_clients
 from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
 from mpifedlora.core.seeding import numpy_generator
-from mpifedlora.errors import ConfigError
+from mpifedlora.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from mpifedlora.core.annealer import Guidance
@@ -49,6 +49,7 @@ def build_switches(
         schedule=rank_schedule(config),
         learning_rate=partial(_learning_rate, config),
         choose_workers=partial(_choose_workers, config, sizes, num_workers),
+        max_failures=config.faults.max_failures,
         initiating_scope=initiating.scope,
         scope=training.scope,
         keeps_b=training.personal != "none",
@@ -216,7 +217,10 @@ def _noise(config: RunConfig) -> GaussianNoise | None:
         return None
     seed = secrets.randbits(63) if privacy.noise_seed is None else privacy.noise_seed
     generator = torch.Generator().manual_seed(seed)
-    return GaussianNoise(privacy.clip_norm, privacy.noise_multiplier, expected_cohort(config), generator)
+    is_fixed = privacy.noise_seed is not None
+    return GaussianNoise(
+        privacy.clip_norm, privacy.noise_multiplier, expected_cohort(config), generator, is_fixed
+    )
 
 
 def _screening(config: RunConfig) -> Screening:
@@ -224,7 +228,8 @@ def _screening(config: RunConfig) -> Screening:
 
     aggregation = config.aggregation
     kind = aggregation.robust if aggregation.robust in ("krum", "multi-krum") else ""
-    least = 2 * aggregation.num_byzantine + 1 if aggregation.robust == "trimmed-mean" else 0
+    needed = 2 * aggregation.num_byzantine + 1 if aggregation.robust == "trimmed-mean" else 1
+    least = max(needed, config.faults.min_clients)
     return Screening(aggregation.norm_bound, kind, aggregation.num_byzantine, least)
 
 
@@ -236,10 +241,16 @@ def _guidance(config: RunConfig) -> Guidance:
 
 
 def _choose_workers(
-    config: RunConfig, sizes: Sequence[int], num_workers: int, round_num: int
+    config: RunConfig, sizes: Sequence[int], num_workers: int, round_num: int, set_aside: Sequence[int]
 ) -> tuple[int, ...]:
     training = config.training
-    eligible = [client_id for client_id, size in enumerate(sizes) if size]
+    eligible = [client_id for client_id, size in enumerate(sizes) if size and client_id not in set_aside]
+    if set_aside and not eligible:
+        raise TrainingError(
+            f"round {round_num} needs a client that can train, got all set aside after "
+            f"{config.faults.max_failures} failures in a row; see the workers' lines on standard error, or "
+            "lower training.learning_rate where values were not finite"
+        )
     cohort = _choose_cohort(config, eligible, round_num)
     load = {
         client_id: training.batch_size

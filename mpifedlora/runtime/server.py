@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.allocation import uniform
+from mpifedlora.core.faults import set_aside
 from mpifedlora.core.ledger import Ledger, Traffic, count_uplink, fixed_traffic
 from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.parts import pays
@@ -19,7 +20,7 @@ from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.report import RoundReport
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_FINITE, USED
-from mpifedlora.core.wire import UpdateHeader
+from mpifedlora.core.wire import FAILED, LATE, UpdateHeader
 from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.transport.base import ServerTransport
@@ -42,6 +43,8 @@ class Stopwatch:
 _ADVICE = {
     NOT_FINITE: "is not finite and was left out; a lower learning rate may help",
     ABOVE_BOUND: "is above aggregation.norm_bound and was left out",
+    FAILED: "is missing: its training failed, and its worker's standard error says why",
+    LATE: "is missing: it was not trained by faults.round_deadline_s",
 }
 
 
@@ -60,6 +63,8 @@ class Server:
         pipeline: whether rounds are finished in parts where the method allows it.
         part_bytes: see `core.parts.parts_of`.
         reduce_dtype: what updates are added up in, where the method reduces.
+        ends_early: whether the round in hand is to be the last of this job; asked once a round.
+        keeps_states: whether checkpoints may still need older states of clients.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class Server:
         pipeline: bool = True,
         part_bytes: int | None = None,
         reduce_dtype: str = "float32",
+        ends_early: Callable[[], bool] = lambda: False,
+        keeps_states: bool = False,
     ) -> None:
         self.coordinator = coordinator
         self.transport = transport
@@ -86,23 +93,36 @@ class Server:
         self.evaluates_on_workers = evaluates_on_workers
         num_clients = len(coordinator.next_plan.workers)
         self.ledger = Ledger(num_clients, coordinator.switches.wire.downlink)
-        self.cohort_sizes: list[int] = []
+        self.past: list[RoundPlan] = []  # of all finished rounds
         self.sent = Traffic(0, 0)
         self.pipelines, self.part_bytes = pipeline and transport.can_stream, part_bytes
         self.reduce_dtype = getattr(torch, reduce_dtype)
         self._announced: RoundPlan | None = None  # what a stream has told the workers
         self.warn, self.started = warn, started
+        self.ends_early, self.keeps_states = ends_early, keeps_states
+        self.is_last = False  # whether the last round of this job is closed
         self._crossed = 0
         self._round_ended = time.perf_counter()
 
-    def rounds(self) -> Iterator[RoundRow]:
-        """Run all rounds, and give each one's row as soon as its due evaluation is in.
+    def count(self, plans: Sequence[RoundPlan]) -> tuple[Traffic, Traffic]:
+        """Count what finished rounds have sent; return the last one's uplink and downlink."""
+        shapes, last = self.coordinator.shapes, (Traffic(0, 0), Traffic(0, 0))
+        for plan in plans:
+            uplink = count_uplink(plan, shapes, self.coordinator.switches.wire.uplink)
+            last = uplink, self.ledger.count_downlink(plan, shapes)
+            self.past.append(plan)
+            self.sent += last[0] + last[1]
+        return last
 
-        The row of a round that is measured comes while the workers already train the next one.
+    def rounds(self) -> Iterator[RoundRow]:
+        """Run the rounds that are left, and give each one's row as soon as its due evaluation is in.
+
+        The row of a round that is measured comes while the workers already train the next one. Whenever a
+        row is given, the coordinator stands where that round has ended.
         """
         waiting: RoundRow | None = None
         watch = Stopwatch()
-        for _ in range(self.coordinator.switches.schedule.num_rounds):
+        while not self.is_last and self.coordinator.next_plan.round_num <= self._num_rounds:
             plan = self.coordinator.plan(evaluates=waiting is not None and self.evaluates_on_workers)
             metrics = self._open(plan, watch, is_measured=waiting is not None)
             if waiting is not None and metrics is not None:
@@ -111,13 +131,17 @@ class Server:
             waiting = row if self._is_due(plan.round_num) else None
             if waiting is None:
                 yield row
-        assert waiting is not None
-        yield self._measure_last(waiting, watch)
+        if waiting is not None:
+            yield self._measure_last(waiting, watch)
+        else:
+            self._broadcast(self.coordinator.next_plan.stopped(), self.coordinator.wire[:0])
+
+    @property
+    def _num_rounds(self) -> int:
+        return self.coordinator.switches.schedule.num_rounds
 
     def _is_due(self, round_num: int) -> bool:
-        return (
-            round_num % self.evaluate_every == 0 or round_num == self.coordinator.switches.schedule.num_rounds
-        )
+        return round_num % self.evaluate_every == 0 or round_num == self._num_rounds
 
     def _open(self, plan: RoundPlan, watch: Stopwatch, *, is_measured: bool) -> Metrics | None:
         message = self.coordinator.message
@@ -151,29 +175,29 @@ class Server:
 
     def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
         headers = self.transport.collect_headers(plan)
+        self.is_last = plan.round_num == self._num_rounds or self.ends_early()
         watch.lap("wait_s")
         received = self.coordinator.wire
         report, aggregate_s = self._finish(plan, headers)
         self.coordinator.spare = received  # what was sent is trained on: its buffer is free
         watch.seconds["aggregate_s"] = aggregate_s
         watch.seconds["collect_s"] = watch.lap("finish_s") - aggregate_s
-        shapes = self.coordinator.shapes
-        uplink = count_uplink(plan, shapes, self.coordinator.switches.wire.uplink)
-        downlink = self.ledger.count_downlink(plan, shapes)
-        self.cohort_sizes.append(len(plan.cohort))
-        self.sent += uplink + downlink
+        uplink, downlink = self.count([plan])
         self._tell(plan, report)
         if plan.state_rounds:
-            for client_id, outcome in report.outcomes.items():
-                if outcome == USED:
-                    self.store.remove_before(client_id, plan.round_num)
-                else:
-                    self.store.remove(client_id, plan.round_num)
+            self._remove_states(plan, report)
         train_s = np.zeros(self.transport.num_workers)
         for header in headers:
             train_s[plan.workers[header.client_id]] += header.train_s
         seconds = {**watch.seconds, "train_s": float(train_s.max()), "round_s": self._round_s()}
         return self._row(plan, report, (uplink.bytes, downlink.bytes), seconds)
+
+    def _remove_states(self, plan: RoundPlan, report: RoundReport) -> None:
+        for client_id, outcome in report.outcomes.items():
+            if outcome != USED:
+                self.store.remove(client_id, plan.round_num)
+            elif not self.keeps_states:
+                self.store.remove_before(client_id, plan.round_num)
 
     def _finish(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
         """Take in what the workers have trained; return also the seconds of aggregation."""
@@ -190,12 +214,8 @@ class Server:
         return _timed(lambda: coordinator.finish(updates, judge))
 
     def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
-        is_due = self._is_due(plan.round_num)
-        options = {
-            "evaluates": is_due and self.evaluates_on_workers,
-            "stops": plan.round_num == self.coordinator.switches.schedule.num_rounds
-            and not self.evaluates_on_workers,
-        }
+        evaluates = self._is_due(plan.round_num) and self.evaluates_on_workers
+        options = {"evaluates": evaluates, "stops": self.is_last and not evaluates}
         aggregate_s = 0.0
         while True:
             stream = self.coordinator.stream(headers, self.part_bytes, **options)
@@ -213,6 +233,10 @@ class Server:
         for client_id, outcome in report.outcomes.items():
             if outcome in _ADVICE:
                 self.warn(f"round {plan.round_num}: the update of client {client_id} {_ADVICE[outcome]}")
+        failures, most = self.coordinator.failures, self.coordinator.switches.max_failures
+        for client_id in set_aside(failures, most):
+            if client_id in report.outcomes:  # later it is in no cohort
+                self.warn(f"client {client_id} has failed {most} times in a row and is no longer chosen")
         if not report.participants:
             why = "no update could be used" if report.outcomes else "no client took part"
             is_noised = self.coordinator.switches.noise is not None
@@ -262,7 +286,7 @@ class Server:
 
     def baselines(self) -> Baselines:
         """Compare what was sent so far with FedAvg and fixed-rank LoRA on the same rounds and cohorts."""
-        shapes, sizes = self.coordinator.shapes, self.cohort_sizes
+        shapes, sizes = self.coordinator.shapes, [len(plan.cohort) for plan in self.past]
         full = fixed_traffic(shapes, shapes.full().num_values, sizes)
         ranks = uniform(self.coordinator.switches.schedule.rank_max, shapes.modules)
         fixed = fixed_traffic(shapes, shapes.adapter(ranks).num_values, sizes)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.wire import (
+    FAILED,
+    LATE,
     SummedRows,
     UpdateHeader,
     UpdateRows,
@@ -17,9 +21,9 @@ from mpifedlora.core.wire import (
     broadcast_values,
     fitting_rows,
 )
-from mpifedlora.errors import TrainingError
+from mpifedlora.errors import TrainingError, WorkerLost
 from mpifedlora.runtime.setup import Replica
-from mpifedlora.training.local import train_client
+from mpifedlora.training.local import DeadlinePassed, train_client
 from mpifedlora.transport.base import WorkerTransport
 
 
@@ -34,6 +38,7 @@ class Worker:
         reduce_dtype: what updates are added up in, where the plan says that they are.
         counts_examples: whether a client counts by its examples then, else all count the same.
         is_direct: whether MPI sends updates out of GPU memory.
+        round_deadline_s: seconds that it has for its clients of a round; None is as long as it takes.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Worker:
         reduce_dtype: str = "float32",
         counts_examples: bool = True,
         is_direct: bool = False,
+        round_deadline_s: float | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.num_workers = num_workers
@@ -54,12 +60,15 @@ class Worker:
         self._examples_of = replica.examples_of()
         self.wire, self.reduce_dtype, self.counts_examples = wire, reduce_dtype, counts_examples
         self.is_direct = is_direct
+        self.round_deadline_s = math.inf if round_deadline_s is None else round_deadline_s
         self._rows: UpdateRows | None = None
         self._plan: RoundPlan | None = None
 
     def receive(self, plan: RoundPlan, wire: Tensor) -> None:
-        """Take a plan and the bytes of its message."""
-        self.model.receive(plan, self.wire.decode_message(plan, self.model.shapes, wire))
+        """Take a plan and the bytes of its message, or only the plan where the message is here already."""
+        # Sent again after a worker was lost: what is frozen may be added to the base weights only once.
+        if self._plan is None or self._plan.round_num != plan.round_num:
+            self.model.receive(plan, self.wire.decode_message(plan, self.model.shapes, wire))
         self._plan = plan
 
     @property
@@ -75,20 +84,54 @@ class Worker:
     def train(self) -> UpdateRows:
         """Train this worker's clients of the round; the rows are valid until the next call.
 
+        A client's failure is data: whatever exception its turn raises, its row becomes zeros, its header
+        says so, and the next client has its turn. So it is with clients that the deadline finds in
+        training or still waiting.
+
         Raises:
-            TrainingError: naming worker, round and client, if a client's training fails.
+            TrainingError: naming worker, round and client, if this process cannot go on after a failure.
         """
+        started = time.perf_counter()
         clients = self.plan.clients_of(self.worker_id)
         rows = self._rows = self._fitting_rows(clients)
         for index, client_id in enumerate(clients):
-            try:
-                self._train_one(client_id, rows, index)
-            except Exception as error:
-                raise TrainingError(
-                    f"worker {self.worker_id} failed in round {self.plan.round_num} on client {client_id}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+            begun = time.perf_counter()
+            fault = self._attempt(client_id, rows, index, started + self.round_deadline_s)
+            if fault:
+                self._give_up(client_id, rows, index, fault, begun)
         return rows
+
+    def _attempt(self, client_id: int, rows: UpdateRows, index: int, deadline: float) -> str:
+        """Train one client, and return its fault; once this has returned, nothing holds its memory."""
+        try:
+            self._train_one(client_id, rows, index, lambda: time.perf_counter() > deadline)
+        except DeadlinePassed:
+            return LATE
+        except Exception as error:
+            sys.stderr.write(self._told(client_id, error).splitlines()[0] + "\n")
+            return FAILED
+        return ""
+
+    def _give_up(self, client_id: int, rows: UpdateRows, index: int, fault: str, begun: float) -> None:
+        try:
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            rows.settle(rows.sizes[index])  # else a copy under way would come after the zeros
+            rows.wire(index).zero_()
+        # What a client broke beyond its own turn, as a failed GPU kernel does.
+        except Exception as error:
+            raise TrainingError(self._told(client_id, error)) from error
+        train_s = time.perf_counter() - begun
+        UpdateHeader(client_id, 0, 0, math.nan, math.nan, train_s, is_finite=False, fault=fault).write(
+            rows, index, self.plan
+        )
+        rows.close(index, 0)
+
+    def _told(self, client_id: int, error: Exception) -> str:
+        return (
+            f"worker {self.worker_id} failed in round {self.plan.round_num} on client {client_id}: "
+            f"{type(error).__name__}: {error}"
+        )
 
     def _fitting_rows(self, clients: Sequence[int]) -> UpdateRows:
         plan, shapes = self.plan, self.model.shapes
@@ -101,13 +144,15 @@ class Worker:
         device = str(self.model.device) if is_direct else "cpu"
         return fitting_rows(self._rows, sizes, device=device, is_pinned=is_pinned)
 
-    def _train_one(self, client_id: int, rows: UpdateRows, index: int) -> None:
+    def _train_one(self, client_id: int, rows: UpdateRows, index: int, is_late: Callable[[], bool]) -> None:
         started = time.perf_counter()
         examples, row = self._examples_of(client_id), rows.wire(index)
         values = self._values(client_id, row)
         task, settings, memory = self.replica.task, self.replica.settings, self.replica.memory
         kept = memory.recall(self.plan, client_id)
-        result = train_client(self.model, task, examples, settings, self.plan, client_id, values, kept)
+        result = train_client(
+            self.model, task, examples, settings, self.plan, client_id, values, kept, is_late
+        )
         keeps = result.memory
         if self.wire.uplink != "float32":
             keeps |= self._encode(client_id, values, row, kept)
@@ -147,13 +192,28 @@ class Worker:
 
 
 def serve(worker: Worker, transport: WorkerTransport) -> None:
-    """Follow the server's plans until one says stop."""
+    """Follow the server's plans until one says stop, also where other workers die.
+
+    Raises:
+        RunLost: if the server has died.
+    """
     while True:
-        plan, wire = transport.receive()
-        if plan.stops:
-            return
-        worker.receive(plan, wire)
-        if plan.evaluates:
-            transport.submit_predictions(worker.predictions())
-        if plan.cohort:
-            transport.submit(worker.train())
+        try:
+            if _follow(worker, transport):
+                return
+        except WorkerLost:
+            transport.repair()
+            worker.worker_id, worker.num_workers = transport.worker_id, transport.num_workers
+
+
+def _follow(worker: Worker, transport: WorkerTransport) -> bool:
+    """Do what the next plan says; return whether it says stop."""
+    plan, wire = transport.receive()
+    if plan.stops:
+        return True
+    worker.receive(plan, wire)
+    if plan.evaluates:
+        transport.submit_predictions(worker.predictions())
+    if plan.cohort:
+        transport.submit(worker.train())
+    return False

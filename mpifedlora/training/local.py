@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -56,6 +56,10 @@ class LocalResult:
     memory: dict[str, Tensor]
 
 
+class DeadlinePassed(Exception):
+    """A client was still training at the round's deadline."""
+
+
 def train_client(
     model: FederatedModel,
     task: ClassificationTask,
@@ -65,6 +69,7 @@ def train_client(
     client_id: int,
     values: Tensor,
     memory: Mapping[str, Tensor] = MappingProxyType({}),
+    is_late: Callable[[], bool] = lambda: False,
 ) -> LocalResult:
     """Train one client from the model's received state, in place in its row of the uplink if it can be.
 
@@ -81,6 +86,10 @@ def train_client(
         values: (row_values,) float32, overwritten with what the client returns; on the model's device it
             is trained in place.
         memory: what the client kept from its last round.
+        is_late: asked before each step.
+
+    Raises:
+        DeadlinePassed: if it says so; `values` then hold nothing of use.
     """
     start = model.start(plan, client_id, memory)
     reference = start.to(model.device)
@@ -89,7 +98,9 @@ def train_client(
     is_in_place = fits and values.device == model.device
     flat = values[: start.numel()].copy_(reference) if is_in_place else reference.clone()
     drift = _drift(model, plan, client_id, memory, reference) if plan.has_variates else None
-    losses, penalties = _steps(model, task, examples, settings, plan, client_id, flat, reference, drift)
+    losses, penalties = _steps(
+        model, task, examples, settings, plan, client_id, flat, reference, drift, is_late
+    )
     if settings.clip_norm is not None:
         _clip_update(flat, reference, settings.clip_norm)
     if not is_in_place:
@@ -146,6 +157,7 @@ def _steps(
     flat: Tensor,
     reference: Tensor,
     drift: Drift | None,
+    is_late: Callable[[], bool],
 ) -> tuple[list[Tensor], list[Tensor]]:
     grad = torch.zeros_like(flat)
     optimizer = _optimizer(flat, grad, settings, plan.learning_rate)
@@ -154,6 +166,8 @@ def _steps(
     torch.manual_seed(torch_seed(settings.seed, "dropout", plan.round_num, client_id))
     losses, penalties = [], []
     for indices in _batches(examples, settings, plan.round_num, client_id):
+        if is_late():
+            raise DeadlinePassed
         batch, labels = task.collate(examples, indices)
         grad.zero_()
         with _autocast(settings.precision, model.device):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpifedlora.core.fresh import initial_adapter
+from mpifedlora.core.history import Lasting
 from mpifedlora.core.layout import (
     AdapterLayout,
     Factors,
@@ -24,10 +25,11 @@ from mpifedlora.core.layout import (
     TensorShape,
     copy_common,
 )
-from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.server_optimizer import CutMap, carry_variate
+from mpifedlora.core.plan import RoundPlan, Segments
+from mpifedlora.core.server_optimizer import Cut, CutMap, carry_variate
 from mpifedlora.errors import ConfigError
 from mpifedlora.training.base import BaseModel, check_modules
+from mpifedlora.training.flat import flatten, point, views
 from mpifedlora.training.lora_layers import (
     ACTIVE,
     FROZEN,
@@ -43,15 +45,6 @@ from mpifedlora.training.lora_layers import (
     set_factors,
     trained,
 )
-
-
-class Cut(NamedTuple):
-    """How a cut mapped the factors, before the round that it opened."""
-
-    round_num: int
-    before: AdapterLayout
-    after: AdapterLayout
-    maps: list[CutMap]
 
 
 class FederatedModel:
@@ -103,11 +96,12 @@ class FederatedModel:
         self._frozen: list[list[Factors]] = [[] for _ in self._layers]
         self._is_full = False
         self._compiled: Any = None
-        self._first_head = _flat(self._head)
+        self._first_head = flatten(self._head)
         self.seed = seed
         self.state = torch.empty(0)  # of the global model, as last received
         self.variate = torch.empty(0)  # the server's control variate, as last received
         self._cuts: list[Cut] = []  # of rounds gone by, for control variates that clients kept
+        self.built_in = 0  # the last round whose base weights, frozen directions and maps are in here
         self.shapes = ModelShapes(
             tuple(LinearShape(name, *linears[name].weight.shape) for name in linears),
             tuple(TensorShape(name, tuple(parameter.shape)) for name, parameter in head.items()),
@@ -122,7 +116,7 @@ class FederatedModel:
         Under scope `full` it is taken from the model, before anything else is bound.
         """
         if plan.scope == "full":
-            return torch.cat([_flat(self._body), self._first_head])
+            return torch.cat([flatten(self._body), self._first_head])
         return self._fresh(plan, self._first_head)
 
     def _fresh(self, plan: RoundPlan, head: Tensor) -> Tensor:
@@ -136,14 +130,39 @@ class FederatedModel:
             message: (message_values,) float32; it must live until the next one.
         """
         parts = plan.split(self.shapes, message)
+        self._build_in(plan, parts)
+        self.variate = parts.variate
+        self.state = self._received_state(plan, parts.state) if plan.sends_state else self.initial_state(plan)
+
+    def _build_in(self, plan: RoundPlan, parts: Segments) -> None:
+        if plan.round_num <= self.built_in:
+            return  # it came before: the server sends a round again whose workers were lost
+        self.built_in = plan.round_num
         if plan.sends_base:
-            _point(self._body, self.shapes.base().whole_tensors(parts.base.to(self.device, copy=True)))
+            point(self._body, self.shapes.base().whole_tensors(parts.base.to(self.device, copy=True)))
         if parts.frozen.numel():
             self._freeze(plan, parts.frozen)
-        self.variate = parts.variate
         if plan.mapped_ranks:
             self._cuts.append(self._cut(plan, parts.maps))
-        self.state = self._received_state(plan, parts.state) if plan.sends_state else self.initial_state(plan)
+
+    def recover(
+        self, history: Sequence[Lasting], state: Tensor, weights: Mapping[str, Tensor], built_in: int
+    ) -> None:
+        """Become what a process was that has received all messages of a run so far.
+
+        Args:
+            history: what they brought once, in order.
+            state: (state values,), the last of them.
+            weights: base weights of the adapted layers, where directions were folded into them.
+            built_in: the last round that these weights hold.
+        """
+        for plan, values in history:
+            self._build_in(plan, plan.split(self.shapes, values))
+        for name, weight in self._adapted().items():
+            if name in weights:
+                weight.copy_(weights[name])
+        self.built_in = max(self.built_in, built_in if weights else 0)
+        self.state = state.clone()
 
     def _received_state(self, plan: RoundPlan, sent: Tensor) -> Tensor:
         layout, source = plan.layout(self.shapes), plan.segments(self.shapes).state
@@ -202,7 +221,7 @@ class FederatedModel:
             layout = plan.trained_layout(self.shapes, client_id)
         parameters = self._bind_values(plan, layout, flat)
         if grad is not None:
-            for parameter, view in zip(parameters, _views(layout, grad), strict=True):
+            for parameter, view in zip(parameters, views(layout, grad), strict=True):
                 parameter.grad = view
 
     def _bind_values(self, plan: RoundPlan, layout: AdapterLayout, flat: Tensor) -> list[nn.Parameter]:
@@ -212,7 +231,7 @@ class FederatedModel:
             for layer, factors in zip(self._layers, self._factors(plan, layout, flat), strict=True):
                 a, b = set_factors(layer, ACTIVE, factors)
                 parameters += trained(a, "a" in layout.parts) + trained(b, "b" in layout.parts)
-        _point(whole, layout.whole_tensors(flat))
+        point(whole, layout.whole_tensors(flat))
         return parameters + whole
 
     def _factors(self, plan: RoundPlan, layout: AdapterLayout, flat: Tensor) -> list[Factors]:
@@ -268,10 +287,12 @@ class FederatedModel:
 
     def adapted_weights(self) -> dict[str, Tensor]:
         """Return the base weights of all adapted layers, with what was added to them, on the CPU."""
+        return {name: weight.cpu() for name, weight in self._adapted().items()}
+
+    def _adapted(self) -> dict[str, Tensor]:
         names = (f"{module.name}.weight" for module in self.shapes.modules)
         return {
-            name: layer.base_layer.weight.detach().cpu()
-            for name, layer in zip(names, self._layers, strict=True)
+            name: layer.base_layer.weight.detach() for name, layer in zip(names, self._layers, strict=True)
         }
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
@@ -322,17 +343,3 @@ class FederatedModel:
             head: in the shapes of `shapes.head`.
         """
         return export_adapter(self.shapes, factors, head, self.scaling, self.options)
-
-
-def _point(parameters: Sequence[nn.Parameter], views: Sequence[Tensor]) -> None:
-    for parameter, view in zip(parameters, views, strict=True):
-        parameter.data = view
-
-
-def _views(layout: AdapterLayout, flat: Tensor) -> list[Tensor]:
-    held = {"": (), "a": (0,), "b": (1,), "ab": (0, 1)}[layout.parts]
-    return [factors[part] for factors in layout.factors(flat) for part in held] + layout.whole_tensors(flat)
-
-
-def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:
-    return torch.cat([parameter.detach().reshape(-1).float().cpu() for parameter in parameters])

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mpifedlora.core.streaming import RoundStream
     from mpifedlora.core.wire import UpdateHeader, UpdateRows, WireFormat
 
+EXIT_RESUMABLE = 75
+"""Exit code of a job that lost a process and can be resumed: EX_TEMPFAIL of sysexits.h."""
+
 ORDER_BYTES = 8
 """Of the record that says what comes next, before the plan in it."""
 
@@ -91,6 +94,12 @@ class ServerTransport(Protocol):
     def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
         """Take in a round part by part, while the next message goes out; return the seconds aggregated."""
 
+    def repair(self) -> list[int]:
+        """Go on with the workers that live, after a WorkerLost; return the ids that the lost ones had.
+
+        Those left keep their order and have the ids 0..num_workers-1 from now on. They wait for a broadcast.
+        """
+
 
 class WorkerTransport(Protocol):
     """A worker's end."""
@@ -107,6 +116,9 @@ class WorkerTransport(Protocol):
     def submit(self, rows: UpdateRows) -> None:
         """Send the rows of this worker's clients, or their sum."""
 
+    def repair(self) -> list[int]:
+        """Go on with those that live, after a WorkerLost: maybe under another worker_id."""
+
 
 class Endpoint(Protocol):
     """What both ends share before the shapes of the model are known."""
@@ -114,6 +126,7 @@ class Endpoint(Protocol):
     place: NodePlace
     library: str
     is_server: bool
+    is_fault_tolerant: bool
 
     def process_names(self) -> list[str]:
         """Return what to call each process in a message, the server first."""
@@ -132,5 +145,11 @@ class Endpoint(Protocol):
     ) -> None:
         """Say what the messages look like, and whether a GPU will copy them (page-locked memory)."""
 
-    def abort(self, message: str) -> None:
+    def share(self, content: bytes) -> bytes:
+        """Return what the server gives, on every process; the workers' own content does not count."""
+
+    def watch(self, timeout_s: float | None, resume: str) -> None:
+        """End the job when a process that it cannot do without is dead or silent, and say how to resume."""
+
+    def abort(self, message: str, exit_code: int = 1) -> None:
         """End the whole job with a message and a non-zero exit code."""

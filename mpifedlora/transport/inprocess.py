@@ -79,11 +79,16 @@ class InProcessTransport:
         """Never called: there is no wire to hide anything behind."""
         raise NotImplementedError
 
+    def repair(self) -> list[int]:
+        """Never called: no worker can be lost."""
+        raise NotImplementedError
+
 
 class Alone:
     """The one process of a run without MPI: server and worker at once."""
 
     is_server = True
+    is_fault_tolerant = False
     library = "in one process, without MPI"
 
     def __init__(self) -> None:
@@ -114,5 +119,12 @@ class Alone:
     ) -> None:
         """Do nothing: messages are handed over as they are."""
 
-    def abort(self, message: str) -> None:
+    def share(self, content: bytes) -> bytes:
+        """Return the content."""
+        return content
+
+    def watch(self, timeout_s: float | None, resume: str) -> None:
+        """Do nothing: nobody else can die."""
+
+    def abort(self, message: str, exit_code: int = 1) -> None:
         """Do nothing: the exception ends the only process."""

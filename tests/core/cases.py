@@ -58,6 +58,7 @@ class Case:
         robust: `median`, `trimmed-mean`, `krum` or `multi-krum`, each against one client.
         uplink: wire dtype of an update.
         downlink: wire dtype of a message.
+        max_failures: in a row, that set a client aside.
     """
 
     kind: str = "product"
@@ -81,6 +82,7 @@ class Case:
     downlink: str = "float32"
     has_feedback: bool = False
     reduces: bool = False
+    max_failures: int = 99
     seed: int = 0
 
     def __str__(self) -> str:
@@ -96,12 +98,13 @@ class Case:
     def folds(self) -> bool:
         return AGGREGATORS[self.kind].folds
 
-    def choose_workers(self, round_num: int) -> list[int]:
+    def choose_workers(self, round_num: int, without: Sequence[int] = ()) -> list[int]:
+        eligible = [client_id for client_id in ELIGIBLE if client_id not in without]
         if self.probability is None:
-            cohort = choose_cohort(ELIGIBLE, self.cohort_size, self.seed, round_num)
+            cohort = choose_cohort(eligible, self.cohort_size, self.seed, round_num)
         else:
             generator = numpy_generator(self.seed, "cohort", round_num)
-            cohort = draw_poisson_cohort(ELIGIBLE, self.probability, generator)
+            cohort = draw_poisson_cohort(eligible, self.probability, generator)
         workers = assign_clients(cohort, dict.fromkeys(cohort, 1), NUM_WORKERS)
         return [workers.get(client_id, ABSENT) for client_id in range(NUM_CLIENTS)]
 
@@ -143,6 +146,7 @@ class Case:
             learning_rate=lambda round_num, scope: (0.5 if scope == "full" else 1.0) / round_num,
             mu=lambda round_num: 0.1 * (round_num <= self.initiating_rounds),
             choose_workers=self.choose_workers,
+            max_failures=self.max_failures,
             wire=self.wire,
             reduces=self.reduces,
         )

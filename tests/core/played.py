@@ -118,7 +118,7 @@ def _snapshot(coordinator: Coordinator) -> Coordinator:
     after, update = copy(coordinator), copy(coordinator.flat_update)
     for name in ("state", "message", "wire"):
         setattr(after, name, getattr(after, name).clone())
-    after.frozen = [list(kept) for kept in after.frozen]
+    after.history = list(after.history)
     after.variate = None if after.variate is None else after.variate.clone()
     if update.moments is not None:
         update.moments = Moments(update.moments.first.clone(), update.moments.second.clone())

@@ -332,6 +332,30 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
         '"float32" and transport.downlink_dtype = "float32"; set one of them, for example to "int8", or '
         "leave transport.error_feedback out",
     ),
+    # faults
+    (
+        PRIVATE | FULL,
+        {"faults.min_clients": 2},
+        "privacy.clip_norm needs faults.min_clients = 1 (one client more or less would decide over all "
+        "others), got 2",
+    ),
+    (
+        {"federation.num_clients": 4, "faults.min_clients": 4},
+        {"faults.min_clients": 5},
+        "faults.min_clients must be at most federation.num_clients, got 5 and 4; lower faults.min_clients, "
+        "or raise federation.num_clients",
+    ),
+    (
+        {"federation.cohort_size": 2, "faults.min_clients": 2},
+        {"faults.min_clients": 3},
+        "faults.min_clients must be at most federation.cohort_size, got 3 and 2",
+    ),
+    (
+        {"faults.round_deadline_s": 1.0, "federation.reproducible": False},
+        {"federation.reproducible": True},
+        "faults.round_deadline_s needs federation.reproducible = false (who is late depends on the machine "
+        "and its load), got true; set federation.reproducible = false, or leave faults.round_deadline_s out",
+    ),
     # compilation
     (
         {"training.compile": True, "federation.reproducible": False},

@@ -54,7 +54,7 @@ def combination_of(
     switches = Switches(
         RankSchedule("constant", 4, 0, 0, max(lora_ranks, default=1), 1),
         learning_rate=lambda round_num, scope: 0.1,
-        choose_workers=lambda round_num: [0] * 5,
+        choose_workers=lambda round_num, without: [0] * 5,
     )
     of_plan = {name: value for name, value in changes.items() if name in RoundPlan.__dataclass_fields__}
     of_switches = {name: value for name, value in changes.items() if name not in of_plan}

@@ -59,7 +59,7 @@ def simulate(
 ) -> list[Played]:
     """Run a federation with made-up updates; ranks fall to 1 unless the kind is `constant`."""
 
-    def workers(round_num: int) -> list[int]:
+    def workers(round_num: int, without: Sequence[int]) -> list[int]:
         return [0 if client in cohorts[round_num - 1] else ABSENT for client in range(NUM_CLIENTS)]
 
     schedule = RankSchedule(kind, len(cohorts), initiating, 0, lora_rank, 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,10 @@ def switches(**fields: Any) -> Switches:
     return Switches(
         SCHEDULE,
         learning_rate=lambda round_num, scope: round_num + len(scope),
-        choose_workers=lambda round_num: [round_num, ABSENT, 0],
+        choose_workers=lambda round_num, without: [
+            ABSENT if client_id in without else worker
+            for client_id, worker in enumerate((round_num, ABSENT, 0))
+        ],
         mu=lambda round_num: 0.5 * round_num,
         initiating_scope="full",
         **fields,
@@ -29,7 +33,7 @@ def switches(**fields: Any) -> Switches:
 
 def test_a_plan_is_that_of_its_round() -> None:
     method = switches(reduces=True, client_ranks=(1, 2, 3), scope="b-only")
-    plan = plan_round(method, 2, (4, 3), (1, 0), [0, 2, 0])
+    plan = plan_round(method, 2, (4, 3), (1, 0), [0, 2, 0], [0, 0, 0])
     assert plan == RoundPlan(
         round_num=2,
         stage="annealing",
@@ -44,17 +48,35 @@ def test_a_plan_is_that_of_its_round() -> None:
         mu=1.0,
         temperature=0.5,
     )
-    first = plan_round(method, 1, (4, 3), (0, 0), [])
+    first = plan_round(method, 1, (4, 3), (0, 0), [], [])
     assert (first.stage, first.scope, first.learning_rate) == ("initiating", "full", 5.0)
     flags = {"keeps_b": True, "keeps_head": True, "has_variates": True}
-    kept = plan_round(switches(**flags), 2, (4, 3), (0, 0), [])
+    kept = plan_round(switches(**flags), 2, (4, 3), (0, 0), [], [])
     assert {name: getattr(kept, name) for name in flags} == flags
 
 
 def test_the_final_plan_is_the_last_rounds_without_anybody() -> None:
-    last, final = (plan_round(switches(), round_num, (2, 2), (0, 0), []) for round_num in (3, 4))
+    last, final = (plan_round(switches(), round_num, (2, 2), (0, 0), [], []) for round_num in (3, 4))
     assert final == replace(last, round_num=4, workers=(ABSENT,) * 3)
     assert last.cohort == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("failures", "workers"),
+    [([1, 0, 1], (2, ABSENT, 0)), ([2, 0, 1], (ABSENT, ABSENT, 0)), ([0, 5, 3], (2, ABSENT, ABSENT))],
+)
+def test_who_has_failed_too_often_is_not_chosen(failures: list[int], workers: tuple[int, ...]) -> None:
+    method = switches(max_failures=2)
+    assert plan_round(method, 2, (4, 3), (0, 0), [], failures).workers == workers
+
+
+def test_after_the_last_round_nobody_has_to_be_left() -> None:
+    def choose(round_num: int, without: Sequence[int]) -> list[int]:
+        assert not without
+        return [0, 0, 0]
+
+    method = replace(switches(), choose_workers=choose)
+    assert plan_round(method, 4, (2, 2), (0, 0), [], [9, 9, 9]).cohort == ()
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,7 @@ def test_hand_sized_round(hand: Hand) -> None:
     switches = Switches(
         schedule=RankSchedule("constant", 2, 0, 0, 1, 1),
         learning_rate=lambda round_num, scope: 1.0,
-        choose_workers=lambda round_num: [0, 0],
+        choose_workers=lambda round_num, without: [0, 0],
         aggregator=AGGREGATORS[hand.kind],
         weights=hand.weights,
     )

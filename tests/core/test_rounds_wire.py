@@ -33,7 +33,7 @@ from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.switches import Switches
-from mpifedlora.core.wire import ClientUpdate, UpdateHeader
+from mpifedlora.core.wire import FAILED, ClientUpdate, UpdateHeader
 
 LAWS = settings(max_examples=25, deadline=None)
 DTYPES = ("bfloat16", "float16", "int8")
@@ -201,6 +201,21 @@ def test_what_is_not_finite_is_named_and_is_in_no_sum(case: Case) -> None:
         assert distance(played.held, wanted.held) < 1e-5
 
 
+def client_4_failed(_: int, updates: list[ClientUpdate]) -> list[ClientUpdate]:
+    return [
+        replace(one, values=one.values * 0, is_finite=False, fault=FAILED) if one.client_id == 4 else one
+        for one in updates
+    ]
+
+
+@over([Case("factors"), FULL])
+def test_a_client_that_failed_is_named_and_is_in_no_sum(case: Case) -> None:
+    history = play(replace(case, reduces=True), client_4_failed)
+    for played, wanted in zip(history, play(case, without_client_4), strict=True):
+        assert played.report.outcomes == {**dict.fromkeys(range(4), "used"), 4: "failed"}
+        assert distance(played.held, wanted.held) < 1e-5
+
+
 @over(REDUCED)
 def test_a_sum_of_nobody_keeps_the_model(case: Case) -> None:
     def nobody(_: int, updates: list[ClientUpdate]) -> list[ClientUpdate]:
@@ -237,7 +252,7 @@ def small_coordinator(*, reduces: bool) -> Coordinator:
     switches = Switches(
         schedule=RankSchedule("constant", 2, 0, 0, 1, 1),
         learning_rate=lambda round_num, scope: 1.0,
-        choose_workers=lambda round_num: [0, 0],
+        choose_workers=lambda round_num, without: [0, 0],
         aggregator=AGGREGATORS["factors"],
         reduces=reduces,
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -19,7 +20,7 @@ from mpifedlora.core.screening import (
     Contribution,
     Screening,
 )
-from mpifedlora.core.wire import ClientUpdate
+from mpifedlora.core.wire import FAILED, LATE, ClientUpdate
 
 LAWS = settings(max_examples=25, deadline=None)
 SIZES = ((4, 5), (3, 6))  # (out, in) of two modules
@@ -139,6 +140,26 @@ def test_where_fewer_than_the_least_are_left_nobody_is_used() -> None:
     screening = Screening(least=3)
     assert choose(screening, [*parts, scalar(2, 1.0, 0.0)]) == {0: USED, 1: USED, 2: USED}
     assert choose(screening, [*parts, spoilt]) == {0: NOT_CHOSEN, 1: NOT_CHOSEN, 2: NOT_FINITE}
+
+
+@KINDS
+def test_what_must_be_left_is_counted_before_krum_chooses(kind: str) -> None:
+    parts = random_parts(0, range(4))
+    assert used(choose(Screening(krum=kind, num_byzantine=0, least=4), parts))
+    outcomes = choose(Screening(krum=kind, num_byzantine=0, least=5), parts)
+    assert outcomes == dict.fromkeys(range(4), NOT_CHOSEN)
+
+
+@pytest.mark.parametrize("fault", [FAILED, LATE])
+@pytest.mark.parametrize("is_finite", [True, False])
+@pytest.mark.parametrize("screening", [Screening(), Screening(norm_bound=5.0), Screening(least=2)])
+def test_a_client_without_values_is_left_out_by_its_fault(
+    screening: Screening, is_finite: bool, fault: str
+) -> None:
+    parts = [scalar(client_id, 0.0, 0.0, is_finite=is_finite or client_id != 1) for client_id in range(3)]
+    absent = replace(parts[1].update, fault=fault)
+    parts[1] = parts[1]._replace(update=absent)
+    assert choose(screening, parts) == {0: USED, 1: fault, 2: USED}
 
 
 def test_only_norms_and_distances_need_whole_updates() -> None:

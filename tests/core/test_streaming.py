@@ -33,7 +33,7 @@ from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import NOT_CHOSEN, NOT_FINITE, USED, Screening
 from mpifedlora.core.server_update import FlatUpdate
 from mpifedlora.core.streaming import RoundStream, admit
-from mpifedlora.core.wire import ClientUpdate, UpdateHeader, UpdateRows
+from mpifedlora.core.wire import FAILED, LATE, ClientUpdate, UpdateHeader, UpdateRows
 
 APART = [
     *BOUND_CASES,
@@ -242,7 +242,7 @@ def test_sums_are_not_taken_in_parts(case: Case) -> None:
 # Updates that are not finite, although their headers say so.
 
 
-@over([*SOME, *ROUNDED[:4]])
+@over([*SOME, *ROUNDED[:4], Case(max_failures=2), replace(FULL, max_failures=1)])
 def test_a_hidden_update_is_named_and_the_others_go_on_without_it(case: Case) -> None:
     num_refused, hidden = 0, (4, 1)
     for arrived in rounds_of(case, hidden):
@@ -282,8 +282,8 @@ def test_after_a_refusal_nothing_more_is_aggregated() -> None:
 # Who takes part by the headers alone.
 
 
-def header(client_id: int, *, is_finite: bool = True) -> UpdateHeader:
-    return UpdateHeader(client_id, 10 * client_id + 10, 1, 0.0, 0.0, 0.0, is_finite)
+def header(client_id: int, *, is_finite: bool = True, fault: str = "") -> UpdateHeader:
+    return UpdateHeader(client_id, 10 * client_id + 10, 1, 0.0, 0.0, 0.0, is_finite, fault=fault)
 
 
 def admitted(case: Case, headers: Sequence[UpdateHeader], least: int = 0) -> Any:
@@ -298,6 +298,13 @@ def test_headers_are_taken_in_client_order_and_weighed() -> None:
     assert list(outcomes.items()) == [(0, USED), (1, USED), (2, NOT_FINITE), (3, USED)]
     assert weights == [10 / 70, 20 / 70, 40 / 70]
     assert admitted(Case(weights="equal"), headers).weights == [1 / 3] * 3
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_clients_without_values_are_named_by_their_faults(is_finite: bool) -> None:
+    headers = [header(0, is_finite=is_finite, fault=LATE), header(1), header(2, fault=FAILED)]
+    assert admitted(Case(), headers) == ([headers[1]], {0: LATE, 1: USED, 2: FAILED}, [1.0])
+    assert admitted(Case(), headers, 2) == ([], {0: LATE, 1: NOT_CHOSEN, 2: FAILED}, [])
 
 
 def test_too_few_are_none() -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from mpifedlora.core.buffers import padded
 from mpifedlora.core.plan import ABSENT, RoundPlan
 from mpifedlora.core.wire import (
+    FAILED,
+    LATE,
     ClientUpdate,
     SummedRows,
     UpdateHeader,
@@ -154,6 +156,7 @@ def test_float64_sums_keep_what_float32_loses() -> None:
     numbers=st.tuples(*[st.integers(0, 2**63 - 1)] * 2),
     floats=st.tuples(FLOATS, FLOATS, FLOATS),
     is_finite=st.booleans(),
+    fault=st.sampled_from(["", FAILED, LATE]),
     sizes=st.tuples(*[st.integers(0, 99)] * 3),
     round_num=COUNTS,
 )
@@ -162,11 +165,12 @@ def test_a_header_survives_a_round_trip(
     numbers: tuple[int, int],
     floats: tuple[float, float, float],
     is_finite: bool,
+    fault: str,
     sizes: tuple[int, int, int],
     round_num: int,
 ) -> None:
     plan, rows = replace(PLAN, round_num=round_num), UpdateRows(sizes)
-    sent = UpdateHeader(client_id, *numbers, *floats, is_finite)
+    sent = UpdateHeader(client_id, *numbers, *floats, is_finite, fault=fault)
     sent.write(rows, 1, plan)
     (got,) = read_headers(rows.headers[1:2], plan, [client_id], sizes[1:2])
     assert got == sent
@@ -174,6 +178,7 @@ def test_a_header_survives_a_round_trip(
         **dict.fromkeys(("client_id", "num_examples", "num_steps"), int),
         **dict.fromkeys(("train_loss", "penalty", "train_s"), float),
         "is_finite": bool,
+        "fault": str,
     }
     assert not rows.headers[0].any()
     assert not rows.headers[2].any()

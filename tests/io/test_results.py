@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from killed_writers import INSTANTS, KilledWriters
 
 from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_CHOSEN, NOT_FINITE, USED
+from mpifedlora.core.wire import FAILED, LATE
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.results import ResultsWriter, read_results
 from mpifedlora.io.results_schema import COLUMNS, Baselines, RoundRow, RunInfo
@@ -191,7 +192,7 @@ class TestRoundTrip:
         assert writer.rows[0].client_train_loss.tolist() == [0, 0, 0]
 
 
-OUTCOMES = (ABSENT, USED, NOT_FINITE, ABOVE_BOUND, NOT_CHOSEN)
+OUTCOMES = (ABSENT, USED, NOT_FINITE, ABOVE_BOUND, NOT_CHOSEN, FAILED, LATE)
 floats = st.floats(width=64)
 counts = st.integers(0, 2**63 - 1)
 by_kind: dict[tuple[str, str], st.SearchStrategy[Any]] = {
@@ -243,7 +244,7 @@ class TestRefusals:
         assert len(writer.rows) == 2
 
     def test_unknown_status(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="running, finished, failed"):
+        with pytest.raises(ValueError, match="running, interrupted, finished, failed"):
             write_rounds(tmp_path / "results.h5", 1).set_status("done")  # type: ignore[arg-type]
 
     def test_label_table_of_another_shape(self) -> None:

@@ -25,6 +25,8 @@ from mpifedlora.runtime import launch, worker
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "mpifedlora"]
+# Without checkpoints, nobody needs an older state of a client.
+TWO_WITHOUT_CHECKPOINTS = ("federation.num_rounds=2", "checkpoint.every=0")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def finish(process, seconds=120):
 def test_leaves_results_adapter_and_run_file(folder, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
     assert run(folder, out) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "results.h5", "run.toml"]
+    assert file_names(out) == ["adapter", "checkpoints", "results.h5", "run.toml"]
     results = read_results(out / "results.h5")
     assert results.status == "finished"
     info = results.info
@@ -106,7 +108,7 @@ def test_wire_dtypes_are_told_and_send_less(folder, tmp_path, capsys):
 def test_error_feedback_keeps_what_the_clients_have_lost(folder, tmp_path, uplink):
     out = tmp_path / "run"
     settings = (f"transport.uplink_dtype={uplink}", "transport.downlink_dtype=int8")
-    feedback = ("federation.method=fedit", "transport.error_feedback=true", "federation.num_rounds=2")
+    feedback = ("federation.method=fedit", "transport.error_feedback=true", *TWO_WITHOUT_CHECKPOINTS)
     assert run(folder, out, *feedback, *settings) == 0
     kept = [f"client-{client:05d}.round-00002.safetensors" for client in range(4)]
     if uplink == "float32":  # then only the server has lost anything
@@ -134,12 +136,12 @@ def test_a_folder_with_a_run_is_refused_unless_overwritten(folder, tmp_path):
     out = tmp_path / "run"
     run(folder, out, "federation.num_rounds=1", "initiating.rounds=0")
     before = (out / "results.h5").read_bytes()
-    with pytest.raises(ConfigError, match="add --overwrite"):
+    with pytest.raises(ConfigError, match="or --overwrite"):
         run(folder, out)
     assert (out / "results.h5").read_bytes() == before
     fedavg = ("federation.method=fedavg", "federation.num_rounds=1")
     assert run(folder, out, *fedavg, overwrite=True) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["base_model", "results.h5", "run.toml"]
+    assert file_names(out) == ["base_model", "checkpoints", "results.h5", "run.toml"]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,7 @@ def test_a_diverging_client_is_left_out_and_named(folder, tmp_path, capsys):
         "training.learning_rate=1e30",
         "training.learning_rate_schedule=constant",
         "training.optimizer=sgd",
+        "faults.max_failures=9",
     ]
     assert run(folder, tmp_path / "run", *settings, "training.grad_clip=0") == 0
     results = read_results(tmp_path / "run" / "results.h5")
@@ -223,8 +226,8 @@ def spoil(monkeypatch, client_id, round_num, change):
     """Let one client of one round send something else than it has trained."""
     train_client = worker.train_client
 
-    def spoiled(model, task, examples, settings, plan, its_id, values, memory):
-        result = train_client(model, task, examples, settings, plan, its_id, values, memory)
+    def spoiled(model, task, examples, settings, plan, its_id, values, memory, is_late):
+        result = train_client(model, task, examples, settings, plan, its_id, values, memory, is_late)
         if (its_id, plan.round_num) != (client_id, round_num):
             return result
         change(values, result.memory)
@@ -316,7 +319,7 @@ def file_names(folder):
 def test_personal_runs_leave_what_each_client_has_kept_last(folder, tmp_path, capsys, measured_on):
     out = tmp_path / "run"
     settings = ("federation.method=fedsa-lora", "federation.cohort_size=2", "federation.num_rounds=3")
-    assert run(folder, out, *settings, f"evaluation.on={measured_on}") == 0
+    assert run(folder, out, *settings, "checkpoint.every=0", f"evaluation.on={measured_on}") == 0
     results = read_results(out / "results.h5")
     assert (results.info.eval_model, results.info.is_private, results.info.reproducible) == (
         "personal",
@@ -355,7 +358,7 @@ def test_personal_models_measure_alike_on_server_and_workers(folder, tmp_path):
 def test_a_refused_client_goes_on_from_the_state_that_was_committed(folder, tmp_path, monkeypatch):
     spoil(monkeypatch, 1, 2, fill_with_nan)
     out = tmp_path / "run"
-    assert run(folder, out, "federation.method=fedsa-lora", "federation.num_rounds=2") == 0
+    assert run(folder, out, "federation.method=fedsa-lora", *TWO_WITHOUT_CHECKPOINTS) == 0
     assert last_used(read_results(out / "results.h5")) == [2, 1, 2, 2]
     # What the refused update came with is gone, the state before it is not.
     assert file_names(out / "client_states") == [
@@ -371,7 +374,7 @@ def test_a_refused_client_goes_on_from_the_state_that_was_committed(folder, tmp_
 
 def test_scaffold_commits_one_variate_a_client(folder, tmp_path):
     out = tmp_path / "run"
-    assert run(folder, out, "federation.method=scaffold", "federation.num_rounds=2") == 0
+    assert run(folder, out, "federation.method=scaffold", *TWO_WITHOUT_CHECKPOINTS) == 0
     names = [f"client-{client:05d}.round-00002.safetensors" for client in range(4)]
     assert file_names(out / "client_states") == names
     assert set(load_file(out / "client_states" / names[0])) == {"variate"}
@@ -382,7 +385,8 @@ def test_a_new_run_takes_away_what_the_clients_of_the_old_one_kept(folder, tmp_p
     out, short = tmp_path / "run", ("federation.num_rounds=1", "initiating.rounds=0")
     run(folder, out, "federation.method=fedsa-lora", *short)
     assert run(folder, out, *short, overwrite=True) == 0
-    assert file_names(out) == ["adapter", "results.h5", "run.toml"]
+    assert file_names(out) == ["adapter", "checkpoints", "results.h5", "run.toml"]
+    assert len(file_names(out / "checkpoints")) == 1
 
 
 # privacy

@@ -15,7 +15,7 @@ from mpifedlora.core.screening import Screening
 from mpifedlora.core.server_optimizer import ServerOptimizer
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import WireFormat
-from mpifedlora.errors import ConfigError
+from mpifedlora.errors import ConfigError, TrainingError
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime.method import (
     build_switches,
@@ -235,6 +235,14 @@ def test_the_robust_mean_takes_the_place_of_the_mean(tiny_run_file):
     values = [torch.tensor([x]) for x in (9.0, -50.0, 3.0, 70.0, 4.0)]
     assert trimmed.combiner(values, [0.2] * 5, torch.empty(1)).tolist() == [4.0]
     assert trimmed.screening.krum == ""
+    assert trimmed.screening.least == 5
+
+
+def test_as_many_must_be_left_as_the_run_asks_for(tiny_run_file):
+    assert switches_of(tiny_run_file).screening.least == 1
+    assert switches_of(tiny_run_file, "faults.min_clients=3").screening.least == 3
+    robust = ["aggregation.robust=trimmed-mean", "aggregation.num_byzantine=1", "faults.min_clients=2"]
+    assert switches_of(tiny_run_file, *robust).screening.least == 3
 
 
 @pytest.mark.parametrize("kind", ["krum", "multi-krum"])
@@ -316,12 +324,12 @@ def test_only_noise_that_nobody_can_repeat_is_private(tiny_run_file, settings, e
 
 
 def cohorts_of(switches, num_rounds=20):
-    plans = [switches.choose_workers(t) for t in range(1, num_rounds + 1)]
+    plans = [switches.choose_workers(t, ()) for t in range(1, num_rounds + 1)]
     return [tuple(i for i, worker in enumerate(plan) if worker != ABSENT) for plan in plans]
 
 
 def test_clients_without_examples_never_train(tiny_run_file):
-    workers = switches_of(tiny_run_file).choose_workers(1)
+    workers = switches_of(tiny_run_file).choose_workers(1, ())
     assert len(workers) == 4
     assert workers[1] == ABSENT
     assert {workers[client] for client in (0, 2, 3)} == {0, 1}
@@ -332,18 +340,35 @@ def test_cohorts_are_drawn_anew_each_round_and_the_same_for_any_workers(tiny_run
     cohorts = []
     for num_workers in (1, 3):
         switches = switches_of(tiny_run_file, *overrides, num_workers=num_workers)
-        assert all(max(switches.choose_workers(t)) < num_workers for t in range(1, 21))
+        assert all(max(switches.choose_workers(t, ())) < num_workers for t in range(1, 21))
         cohorts.append(cohorts_of(switches))
     assert cohorts[0] == cohorts[1]
     assert all(len(cohort) == 2 for cohort in cohorts[0])
     assert set(cohorts[0]) == {(0, 2), (0, 3), (2, 3)}
 
 
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_clients_that_are_set_aside_are_not_chosen(tiny_run_file, sampling):
+    settings = ["federation.cohort_size=2", "federation.num_rounds=20", f"federation.sampling={sampling}"]
+    switches = switches_of(tiny_run_file, *settings, "faults.max_failures=5")
+    assert switches.max_failures == 5
+    cohorts = [np.flatnonzero(np.array(switches.choose_workers(t, [2])) != ABSENT) for t in range(1, 21)]
+    assert {client_id for cohort in cohorts for client_id in cohort} == {0, 3}
+    if sampling == "fixed":  # others take the place
+        assert all(len(cohort) == 2 for cohort in cohorts)
+
+
+def test_without_any_client_that_can_train_there_is_no_round(tiny_run_file):
+    switches = switches_of(tiny_run_file)
+    with pytest.raises(TrainingError, match="got all set aside after 3 failures in a row"):
+        switches.choose_workers(7, [0, 2, 3])
+
+
 def test_clients_are_spread_by_their_load(tiny_run_file, tmp_path):
-    even = switches_of(tiny_run_file, num_workers=3).choose_workers(1)
+    even = switches_of(tiny_run_file, num_workers=3).choose_workers(1, ())
     assert sorted(even[client] for client in (0, 2, 3)) == [0, 1, 2]
     run_file = make_run_file(tmp_path, "[training]\nlocal_epochs = 1\n")
-    by_size = switches_of(run_file, num_workers=2).choose_workers(1)
+    by_size = switches_of(run_file, num_workers=2).choose_workers(1, ())
     assert by_size[0] == by_size[2] != by_size[3]  # 10 and 7 examples here, 40 there
 
 

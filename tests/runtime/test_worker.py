@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mpifedlora.core.layout import LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.wire import SummedRows, UpdateRows, WireFormat
-from mpifedlora.errors import TrainingError
+from mpifedlora.core.wire import SummedRows, UpdateRows, WireFormat, read_headers
+from mpifedlora.errors import CheckpointError, TrainingError
 from mpifedlora.runtime import worker as worker_module
 from mpifedlora.runtime.worker import Worker, serve
-from mpifedlora.training.local import LocalResult
+from mpifedlora.training.local import DeadlinePassed, LocalResult
 
 SHAPES = ModelShapes((LinearShape("q", 2, 1),), (TensorShape("head", (1,)),), ())
 # Rank 1: A has 1 value, B 2, the head 1.
@@ -51,9 +51,11 @@ class Memory:
 
 @dataclass
 class Setting:
-    """A worker whose clients all change the state by `change`."""
+    """A worker whose clients all change the state by `change`, in two steps of a second each."""
 
     monkeypatch: pytest.MonkeyPatch
+    failing: dict[int, BaseException] = field(default_factory=dict)
+    clock_s: float = 100.0
     asked: list[int] = field(default_factory=list)
     seen: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -61,13 +63,22 @@ class Setting:
         self, change: Tensor, wire: WireFormat | None = None, memory: Memory | None = None, **options: Any
     ) -> Worker:
         def train(*arguments: Any) -> LocalResult:
-            model, _, _, _, _, client_id, values, kept = arguments
+            model, _, _, _, _, client_id, values, kept, is_late = arguments
             self.seen.append(dict(kept))
+            values.fill_(torch.nan)  # as a step may leave them
+            for _ in range(2):
+                if is_late():
+                    raise DeadlinePassed
+                self.clock_s += 1
+            if client_id in self.failing:
+                raise self.failing[client_id]
             torch.add(model.state, change[client_id] if change.dim() == 2 else change, out=values)
             is_finite = bool(values.isfinite().all())
             return LocalResult(5, 0.5 + client_id, 0.25, is_finite, {"own": values[:1].clone()})
 
         self.monkeypatch.setattr(worker_module, "train_client", train)
+        clock = SimpleNamespace(perf_counter=lambda: self.clock_s)
+        self.monkeypatch.setattr(worker_module, "time", clock)
         replica: Any = SimpleNamespace(
             model=Model(), task=None, settings=None, memory=memory or Memory(), examples_of=self.examples_of
         )
@@ -137,11 +148,6 @@ class TestExactRows:
         memory = Memory()
         train(setting.worker(torch.ones(4), memory=memory), plan_of(0, 0))
         assert {client: list(kept) for client, kept in memory.kept.items()} == {0: ["own"], 1: ["own"]}
-
-    def test_a_failure_names_worker_round_and_client(self, setting: Setting) -> None:
-        worker = setting.worker(torch.ones(3))  # of another length than the state
-        with pytest.raises(TrainingError, match="worker 0 failed in round 2 on client 1: RuntimeError: "):
-            train(worker, plan_of(1, 0))
 
 
 # bfloat16 has 8 bits: 1 + 2**-9 is rounded to 1, and 2**-9 is lost. Steps of 1/4 stay whole.
@@ -235,6 +241,132 @@ class TestSummedRows:
         rows = train(setting.worker(self.changes), plan_of(1, -1, 1, reduces=True))
         assert len(rows) == 0
         assert rows.total.tolist() == [0, 0, 0, 0]
+
+
+def faults_of(rows: UpdateRows, plan: RoundPlan) -> list[str]:
+    clients = plan.clients_of(0)
+    return [header.fault for header in read_headers(rows.headers, plan, clients, rows.sizes)]
+
+
+class TestFailures:
+    plan = plan_of(0, 0, 0)
+
+    def test_a_client_that_raises_is_told_and_the_others_go_on(
+        self, setting: Setting, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        memory = Memory()
+        setting.failing[1] = RuntimeError("out of memory\nand a second line")
+        rows = train(setting.worker(torch.ones(4), memory=memory), self.plan)
+        assert faults_of(rows, self.plan) == ["", "failed", ""]
+        assert [values_of(rows, index) for index in (0, 1, 2)] == [
+            (STATE + 1).tolist(),
+            [0, 0, 0, 0],
+            (STATE + 1).tolist(),
+        ]
+        assert list(memory.kept) == [0, 2]
+        told = "worker 0 failed in round 2 on client 1: RuntimeError: out of memory\n"
+        assert capsys.readouterr().err == told
+
+    def test_its_header_counts_nothing_but_the_time(self, setting: Setting) -> None:
+        setting.failing[1] = MemoryError()
+        rows = train(setting.worker(torch.ones(4)), self.plan)
+        (_, header, _) = read_headers(rows.headers, self.plan, (0, 1, 2), rows.sizes)
+        assert (header.num_examples, header.num_steps, header.train_s) == (0, 0, 2.0)
+        assert not header.is_finite
+        assert header.train_loss != header.train_loss
+
+    def test_it_trains_again_in_the_next_round(self, setting: Setting) -> None:
+        setting.failing[1] = RuntimeError("once")
+        worker = setting.worker(torch.ones(4))
+        train(worker, self.plan)
+        del setting.failing[1]
+        rows = train(worker, self.plan)
+        assert faults_of(rows, self.plan) == ["", "", ""]
+        assert values_of(rows, 1) == (STATE + 1).tolist()
+
+    @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+    def test_a_rounded_row_is_zeros_too(self, setting: Setting, wire: str) -> None:
+        worker = setting.worker(torch.ones(4), WireFormat(wire))
+        assert train(worker, self.plan).wire(1).any()
+        setting.failing[1] = RuntimeError("now")
+        rows = train(worker, self.plan)
+        assert rows.wire(0).any()
+        assert not rows.wire(1).any()
+
+    def test_it_is_in_no_sum(self, setting: Setting) -> None:
+        setting.failing[1] = RuntimeError("no")
+        plan = plan_of(0, 0, 0, reduces=True)
+        rows = train(setting.worker(torch.ones(4)), plan)
+        assert rows.total.tolist() == ((10 + 3) * (STATE + 1)).tolist()
+        assert faults_of(rows, plan) == ["", "failed", ""]
+
+    @pytest.mark.parametrize("what", ["recall", "keep"])
+    def test_a_state_that_cannot_be_read_or_kept_is_its_failure(
+        self, setting: Setting, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        memory = Memory()
+        plain = getattr(memory, what)
+
+        def refuse(plan: RoundPlan, client_id: int, *rest: Any) -> Any:
+            if client_id == 0:
+                raise CheckpointError("no space left")
+            return plain(plan, client_id, *rest)
+
+        monkeypatch.setattr(memory, what, refuse)
+        rows = train(setting.worker(torch.ones(4), memory=memory), self.plan)
+        assert faults_of(rows, self.plan) == ["failed", "", ""]
+        assert values_of(rows, 0) == [0, 0, 0, 0]
+
+    def test_what_is_no_failure_of_a_client_ends_the_worker(self, setting: Setting) -> None:
+        setting.failing[1] = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            train(setting.worker(torch.ones(4)), self.plan)
+
+    def test_a_process_that_cannot_go_on_says_on_whom(
+        self, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def settle(rows: UpdateRows, stop: int) -> None:
+            raise RuntimeError("CUDA error")
+
+        setting.failing[1] = RuntimeError("CUDA error")
+        monkeypatch.setattr(UpdateRows, "settle", settle)
+        with pytest.raises(TrainingError, match="worker 0 failed in round 2 on client 1: RuntimeError: CUDA"):
+            train(setting.worker(torch.ones(4)), self.plan)
+
+
+class TestDeadline:
+    plan = plan_of(0, 0, 0)
+
+    @pytest.mark.parametrize(
+        ("deadline_s", "faults", "seconds"),
+        [
+            (None, ["", "", ""], [2, 2, 2]),
+            (5.0, ["", "", ""], [2, 2, 2]),  # a step that has begun is finished
+            (4.9, ["", "", "late"], [2, 2, 1]),
+            (3.0, ["", "", "late"], [2, 2, 0]),
+            (2.9, ["", "late", "late"], [2, 1, 0]),
+            (0.5, ["late", "late", "late"], [1, 0, 0]),
+        ],
+    )
+    def test_clients_in_training_or_waiting_are_late(
+        self,
+        setting: Setting,
+        capsys: pytest.CaptureFixture[str],
+        deadline_s: float | None,
+        faults: list[str],
+        seconds: list[float],
+    ) -> None:
+        memory = Memory()
+        worker = setting.worker(torch.ones(4), memory=memory, round_deadline_s=deadline_s)
+        for _ in range(2):  # every round has its own deadline
+            rows = train(worker, self.plan)
+            assert faults_of(rows, self.plan) == faults
+            headers = read_headers(rows.headers, self.plan, (0, 1, 2), rows.sizes)
+            assert [header.train_s for header in headers] == seconds
+            for index, fault in enumerate(faults):
+                assert values_of(rows, index) == ([0, 0, 0, 0] if fault else (STATE + 1).tolist())
+            assert list(memory.kept) == [client_id for client_id in range(3) if not faults[client_id]]
+        assert capsys.readouterr().err == ""
 
 
 class Wire:

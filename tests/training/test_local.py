@@ -15,7 +15,7 @@ from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.datasets import read_dataset
 from mpifedlora.training.base import build_base
-from mpifedlora.training.local import Drift, LocalSettings, predict, train_client
+from mpifedlora.training.local import DeadlinePassed, Drift, LocalSettings, predict, train_client
 from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -608,3 +608,77 @@ def test_a_missing_compiler_is_found(tiny_model_folder, tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "ConfigError: training.compile = true needs a compiler that torch can use" in ended.stderr
+
+
+# a deadline, and what is left of a client that was given up
+
+
+class Clock:
+    """Says that it is late when asked for the given time."""
+
+    def __init__(self, late_at):
+        self.asked, self.late_at = 0, late_at
+
+    def is_late(self):
+        self.asked += 1
+        return self.asked == self.late_at
+
+
+def given_up(model, task, examples, plan, clock, client_id=1):
+    values = torch.empty(plan.row_values(model.shapes, client_id))
+    with pytest.raises(DeadlinePassed):
+        train_client(model, task, examples, SGD, plan, client_id, values, is_late=clock.is_late)
+
+
+@pytest.mark.parametrize("late_at", [1, 2, 3])
+def test_the_clock_is_asked_before_each_step(model, task, examples, late_at):
+    plan = make_plan(model)
+    start(model, plan)
+    forwards = []
+    model.peft_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    given_up(model, task, examples, plan, Clock(late_at))
+    assert len(forwards) == late_at - 1
+
+
+def test_a_client_that_has_taken_its_last_step_is_not_late(model, task, examples):
+    plan, clock = make_plan(model), Clock(4)
+    start(model, plan)
+    values = torch.empty(plan.row_values(model.shapes, 0))
+    train_client(model, task, examples, SGD, plan, 0, values, is_late=clock.is_late)
+    assert clock.asked == 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"scope": "full"}, {"keeps_b": True}, {"has_variates": True}])
+@pytest.mark.parametrize("end", ["late", "raises"])
+def test_after_a_client_was_given_up_the_next_trains_as_if_it_had_not_been(
+    model, task, examples, changes, end
+):
+    plan = make_plan(model, learning_rate=0.1, **changes)
+    state = start(model, plan)
+    wanted = train(model, task, examples, SGD, plan)
+    if end == "late":
+        given_up(model, task, examples, plan, Clock(3))
+    else:
+        with pytest.raises(RuntimeError, match="no memory"):
+            train_with_broken_backward(model, task, examples, plan)
+    assert torch.equal(model.state, state)
+    result, values = train(model, task, examples, SGD, plan)
+    assert torch.equal(values, wanted[1])
+    assert (result.train_loss, result.num_steps) == (wanted[0].train_loss, wanted[0].num_steps)
+
+
+def train_with_broken_backward(model, task, examples, plan):
+    """Raise in the second step, in the midst of the backward pass: some gradients are there."""
+    passes = []
+
+    def fail(module, gradients, outputs):
+        passes.append(1)
+        if len(passes) == 2:
+            raise RuntimeError("no memory")
+
+    module = model.peft_model.get_submodule(f"base_model.model.{model.shapes.modules[3].name}")
+    handle = module.register_full_backward_hook(fail)
+    try:
+        train(model, task, examples, SGD, plan, client_id=1)
+    finally:
+        handle.remove()

@@ -1,16 +1,11 @@
-"""What both ends of the MPI transport share: status records, orders, units, waiting.
-
-Waiting does not burn a core: a process that waits for slow partners tests and sleeps, and enters a
-blocking collective only when everybody is about to. (Open MPI spins in blocking calls, which on a
-shared node would take the cores from those that train.)
-"""
+"""What both ends of the MPI transport share: status records, orders, units, repair."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -19,6 +14,9 @@ import numpy.typing as npt
 
 from mpifedlora.core.agreement import STATUS_BYTES, Bytes, Status
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
+from mpifedlora.transport.mpi.survival import Survivor, survivable
+from mpifedlora.transport.mpi.waiting import wait
+from mpifedlora.transport.mpi.watch import Watch
 
 # What needs torch is loaded when the set-up has been checked: a mistake is told in a second, not ten.
 if TYPE_CHECKING:
@@ -32,8 +30,7 @@ if TYPE_CHECKING:
 
 LARGEST_COUNT = 2**30
 """Elements of one reduction: MPI counts them with 32 bits."""
-_YIELDING_S, _LONGEST_SLEEP_S = 3e-5, 1e-3
-_BUSY_S, _SHORT_SLEEP_S = 5e-2, 1e-4
+_OTHERS_TELL_S = 1.0
 
 
 class Order(IntEnum):
@@ -46,7 +43,7 @@ class Order(IntEnum):
     COMMIT = 5  # the stream holds
 
 
-class Endpoint:
+class Endpoint(Survivor):
     """One process's end.
 
     Args:
@@ -59,23 +56,25 @@ class Endpoint:
     def __init__(self, comm: MPI.Comm, place: NodePlace) -> None:
         from mpi4py import MPI
 
-        self.comm, self.place = comm, place
-        self.world_size = comm.size
-        self.num_workers = comm.size - 1
+        super().__init__(comm)
+        self.place = place
         self.library = MPI.Get_library_version().split(",")[0].strip("\x00 \n")
         self.shapes: ModelShapes
         self.wire: WireFormat
         self.part_bytes: int | None = None
         self.order_bytes = 0
         self.is_pinned = False
-        self._mpi = MPI
         self._unit = MPI.BYTE
+        self._watch: Watch | None = None
 
+    @survivable
     def exchange(self, status: Status) -> list[Status]:
         """Allgather one fixed-size record a process."""
         records = np.zeros((self.world_size, STATUS_BYTES), np.uint8)
-        wait(self.comm.Iallgather(status.pack(), records))
-        return [Status.unpack(record) for record in records]
+        wait(self._begun(self.comm.Iallgather(status.pack(), records)))
+        statuses = [Status.unpack(record) for record in records]
+        self._hosts = [status.host for status in statuses]
+        return statuses
 
     def open(
         self,
@@ -94,15 +93,42 @@ class Endpoint:
         self.order_bytes = ORDER_BYTES + plan_bytes(len(shapes.modules), num_clients)
         self._unit = self._mpi.BYTE.Create_contiguous(UNIT_BYTES).Commit()
 
-    def abort(self, message: str) -> None:
-        """Print a message and end every process of the job, with exit code 1."""
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
-        self.comm.Abort(1)
+    def share(self, content: bytes) -> bytes:
+        """Broadcast bytes of any number from the server, and return them."""
+        size = np.array([len(content)], np.int64)
+        wait(self.comm.Ibcast(size))
+        buffer = np.frombuffer(content, np.uint8) if self.is_server else np.empty(int(size[0]), np.uint8)
+        for piece in pieces_of(buffer):
+            self.comm.Bcast([piece, self._mpi.BYTE])
+        return content if self.is_server else buffer.tobytes()
 
-    def process_names(self) -> list[str]:
-        """Return what to call each process in a message, by MPI rank."""
-        return ["the server", *(f"worker {worker_id}" for worker_id in range(self.num_workers))]
+    def watch(self, timeout_s: float | None, resume: str) -> None:
+        """End the job when a process that it cannot do without is dead or silent; every process calls it.
+
+        Args:
+            timeout_s: of silence that counts as the end of a process that is not dead; None for none.
+            resume: what the last message says of how to resume.
+        """
+        self._resume = resume
+        if self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE:
+            names = [self._described(mpi_rank) for mpi_rank in range(self.world_size)]
+            peers = range(1, self.world_size) if self.is_server else [0]
+            self._watch = Watch(self.comm.Dup(), peers, names, timeout_s, resume)
+
+    def abort(self, message: str, exit_code: int = 1) -> None:
+        """Print a message and end every process of the job with an exit code."""
+        sys.stdout.flush()
+        if self._tells:
+            print(message, file=sys.stderr, flush=True)
+        else:
+            time.sleep(_OTHERS_TELL_S)
+        if self.num_workers == 0:  # mpirun takes an Abort of the last process for a success
+            os._exit(exit_code)
+        self.comm.Abort(exit_code)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
 
     def _units(self, buffer: Bytes) -> list[object]:
         from mpifedlora.core.buffers import UNIT_BYTES
@@ -116,7 +142,7 @@ class Endpoint:
 
     def _broadcast_part(self, part: Part, message: Bytes) -> list[MPI.Request]:
         spans = (message[span.start : span.stop] for span in part.downlink)
-        return [self.comm.Ibcast(self._units(span)) for span in spans]
+        return [self._begun(self.comm.Ibcast(self._units(span))) for span in spans]
 
 
 def pieces_of(buffer: npt.NDArray[np.generic]) -> Iterator[npt.NDArray[np.generic]]:
@@ -135,26 +161,3 @@ def as_bytes(tensor: Tensor) -> Bytes:
     view = tensor.reshape(-1).view(torch.uint8)
     flat: Bytes = view if view.is_cuda else view.numpy()  # type: ignore[assignment]
     return flat
-
-
-def wait(request: MPI.Request) -> None:
-    """Wait for a request by testing and sleeping: an eighth of the time waited so far, at most 1 ms."""
-    started = time.perf_counter()
-    while not request.Test():
-        waited_s = time.perf_counter() - started
-        if waited_s < _YIELDING_S:
-            os.sched_yield()
-        else:
-            time.sleep(min(_LONGEST_SLEEP_S, waited_s / 8))
-
-
-def wait_busily(requests: Sequence[MPI.Request]) -> None:
-    """Wait for requests that are under way: whoever else wants the core gets it, but nobody sleeps long."""
-    from mpi4py import MPI
-
-    waiting, started = list(requests), time.perf_counter()
-    while not MPI.Request.Testall(waiting):
-        if time.perf_counter() - started < _BUSY_S:
-            os.sched_yield()
-        else:
-            time.sleep(_SHORT_SLEEP_S)

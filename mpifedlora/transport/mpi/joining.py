@@ -56,6 +56,7 @@ def connect(comm: Communicator | None = None) -> MpiServer | MpiWorker | None:
             )
         return None
     own = world.Dup()
+    own.Set_errhandler(MPI.ERRORS_RETURN)  # a dead process is an exception, not the end
     return MpiServer(own, _place(own)) if world.rank == 0 else MpiWorker(own, _place(own))
 
 

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mpifedlora.errors import RunLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.endpoint import Endpoint, Order, as_bytes, pieces_of, wait
+from mpifedlora.transport.mpi.endpoint import Endpoint, Order, as_bytes, pieces_of
+from mpifedlora.transport.mpi.survival import survivable
+from mpifedlora.transport.mpi.waiting import wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,12 +39,38 @@ class MpiServer(Endpoint):
         self._buffer: Tensor | None = None
         self._cohort = _Cohort([], [])  # of the round in hand
 
+    @survivable
     def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         """Send a plan and its message, whole units of bytes, to every worker."""
+        if plan.stops:
+            return self._dismiss(plan)
         self._order(Order.MESSAGE, plan)
         if wire.numel():
             self.bytes_crossed += self.num_workers * wire.nbytes
             self.comm.Bcast(self._units(as_bytes(wire)))
+
+    def _dismiss(self, plan: RoundPlan, *, is_told: bool = False) -> None:
+        """Tell everybody who lives that the run is over, and wait until they know."""
+        self._stop_watching()
+        while True:
+            if not is_told:
+                self._try_order(Order.MESSAGE, plan)
+            if self._may_part():
+                return
+            try:
+                self._rebuild()
+            except RunLost:
+                return
+            is_told = False
+
+    def _try_order(self, order: Order, plan: RoundPlan | None = None) -> None:
+        """Send an order, and leave it to the next step to say that not everybody may have got it."""
+        try:
+            self._order(order, plan)
+        except self._mpi.Exception:
+            if not self.is_fault_tolerant:
+                raise
+            self.comm.Revoke()
 
     def _order(self, order: Order, plan: RoundPlan | None = None) -> None:
         record = np.zeros(self.order_bytes, np.uint8)
@@ -49,19 +78,21 @@ class MpiServer(Endpoint):
         if plan is not None:
             record[ORDER_BYTES:] = plan.pack()
         self.bytes_crossed += self.num_workers * record.nbytes
-        wait(self.comm.Ibcast([record, self._mpi.BYTE]))
+        wait(self._begun(self.comm.Ibcast([record, self._mpi.BYTE])))
 
+    @survivable
     def collect_predictions(self, counts: Sequence[int]) -> list[Tensor]:
         """Gather each worker's (counts[worker_id], 2) float32 losses and labels."""
         import torch
 
         received = torch.empty(sum(counts), 2)
         self.bytes_crossed += received.nbytes
-        wait(self.comm.Ibarrier())
+        wait(self._begun(self.comm.Ibarrier()))
         sizes = [0, *(8 * count for count in counts)]
         self.comm.Gatherv(self._mpi.IN_PLACE, [as_bytes(received), sizes, None, self._mpi.BYTE])
         return list(torch.split(received, list(counts)))
 
+    @survivable
     def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
         """Wait until all workers have trained; return their clients' headers, by worker and client."""
         from mpifedlora.core.plan import HEADER_BYTES
@@ -75,7 +106,7 @@ class MpiServer(Endpoint):
         headers = np.zeros((len(self._cohort.clients), HEADER_BYTES), np.uint8)
         self.bytes_crossed += headers.nbytes
         sizes = [0, *(HEADER_BYTES * count for count in self._cohort.counts)]
-        wait(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE]))
+        wait(self._begun(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE])))
         return read_headers(headers, plan, self._cohort.clients, self._row_bytes(plan))
 
     def _row_bytes(self, plan: RoundPlan) -> list[int]:
@@ -84,6 +115,7 @@ class MpiServer(Endpoint):
             return [self.wire.row_bytes(plan, self.shapes, client_id) for client_id in clients]
         return [self.wire.row_bytes(plan, self.shapes)] * len(clients)
 
+    @survivable
     def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
         """Gather the bytes of every row, in the order of the headers; they hold until the next collect."""
         import torch
@@ -115,6 +147,7 @@ class MpiServer(Endpoint):
         units = [0, *(count // UNIT_BYTES for count in counts)]
         return self._mpi.IN_PLACE, [as_bytes(buffer), units, None, self._unit]
 
+    @survivable
     def collect_sum(self, total: Tensor) -> None:
         """Add up what the workers have summed into `total` (row values,) float32 or float64."""
         self._order(Order.SUM)
@@ -122,6 +155,7 @@ class MpiServer(Endpoint):
         for piece in pieces_of(total.zero_().numpy()):
             self.comm.Reduce(self._mpi.IN_PLACE, piece)
 
+    @survivable
     def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
         """Take in a round part by part, while what is aggregated goes out; return the seconds aggregated.
 
@@ -158,8 +192,18 @@ class MpiServer(Endpoint):
             self.bytes_crossed += ahead
         else:
             self._ahead_bytes += ahead
-        if not stream.refused:
-            self._order(Order.COMMIT)
+        if stream.refused:
+            return
+        # From here on the round holds, also where some do not hear of it: they get the next plan again.
+        self._try_order(Order.COMMIT)
+        if stream.announced.stops:
+            self._dismiss(stream.announced, is_told=True)
+
+    def _forget(self) -> list[Any]:
+        self.bytes_crossed += self._ahead_bytes
+        self._ahead_bytes = 0
+        buffer, self._buffer = self._buffer, None
+        return [buffer]
 
     def _part_buffers(self, parts: Sequence[Part], num_clients: int) -> list[Tensor]:
         from mpifedlora.core.parts import IN_FLIGHT
@@ -171,7 +215,7 @@ class MpiServer(Endpoint):
 
     def _gather_part(self, part: Part, buffer: Tensor) -> MPI.Request:
         counts = [count * part.uplink.size for count in self._cohort.counts]
-        return self.comm.Igatherv(*self._target(counts, buffer))
+        return self._begun(self.comm.Igatherv(*self._target(counts, buffer)))
 
 
 class _Cohort(NamedTuple):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.endpoint import (
-    Endpoint,
-    Order,
-    as_bytes,
-    pieces_of,
-    wait,
-    wait_busily,
-)
+from mpifedlora.transport.mpi.endpoint import Endpoint, Order, as_bytes, pieces_of
+from mpifedlora.transport.mpi.survival import survivable
+from mpifedlora.transport.mpi.waiting import wait, wait_busily
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,8 +33,23 @@ class MpiWorker(Endpoint):
         self._plan: RoundPlan | None = None
         self._ahead: tuple[RoundPlan, Tensor] | None = None  # what a stream has brought
 
+    @survivable
     def receive(self) -> tuple[RoundPlan, Tensor]:
         """Wait for the next plan and its message's bytes, which hold until the next receive."""
+        received = self._received()
+        while received[0].stops and not self._may_leave():
+            received = self._received()
+        return received
+
+    def _may_leave(self) -> bool:
+        self._stop_watching()
+        if self._may_part():
+            return True
+        self._forget()
+        self._rebuild()
+        return False
+
+    def _received(self) -> tuple[RoundPlan, Tensor]:
         if self._ahead is None:
             _, plan = self._order(Order.MESSAGE)
             assert plan is not None
@@ -51,11 +61,23 @@ class MpiWorker(Endpoint):
         self._spare, (self._plan, self._message) = self._message, received
         return received
 
+    def _rebuild(self) -> list[int]:
+        lost = super()._rebuild()
+        self.worker_id = self.comm.rank - 1
+        return lost
+
+    def _forget(self) -> list[Any]:
+        # What a stream has brought does not count. The model may still look into the message in hand: new
+        # ones go to new buffers.
+        kept = [self._spare, self._message, self._ahead]
+        self._spare = self._message = self._ahead = None
+        return kept
+
     def _order(self, *expected: Order) -> tuple[Order, RoundPlan | None]:
         from mpifedlora.core.plan import RoundPlan
 
         record = np.empty(self.order_bytes, np.uint8)
-        wait(self.comm.Ibcast([record, self._mpi.BYTE]))
+        wait(self._begun(self.comm.Ibcast([record, self._mpi.BYTE])))
         order = Order(int(record[0]))
         assert order in expected, f"got the order {order.name}"
         has_plan = order in (Order.MESSAGE, Order.STREAM)
@@ -70,14 +92,16 @@ class MpiWorker(Endpoint):
             self._spare = self.wire.message_buffer(plan, self.shapes, is_pinned=self.is_pinned)
         return self._spare
 
+    @survivable
     def submit_predictions(self, predictions: Tensor) -> None:
         """Send (examples, 2) float32 losses and labels."""
-        wait(self.comm.Ibarrier())
+        wait(self._begun(self.comm.Ibarrier()))
         self.comm.Gatherv([as_bytes(predictions), self._mpi.BYTE], None)
 
+    @survivable
     def submit(self, rows: UpdateRows) -> None:
         """Send the rows of this worker's clients, in rising order of client_id, as the server wants them."""
-        headers = self.comm.Igatherv([rows.headers.reshape(-1), self._mpi.BYTE], None)
+        headers = self._begun(self.comm.Igatherv([rows.headers.reshape(-1), self._mpi.BYTE], None))
         order, following = self._order(Order.ROWS, Order.SUM, Order.STREAM)
         headers.Wait()
         while order is Order.STREAM and following is not None:
@@ -111,9 +135,11 @@ class MpiWorker(Endpoint):
         rows.settle(part.uplink.stop)
         if len(rows) <= 1:
             span = as_bytes(rows.buffer)[part.uplink.start : part.uplink.stop]
-            return self.comm.Igatherv(self._units(span), None)
+            return self._begun(self.comm.Igatherv(self._units(span), None))
         stride = padded(rows.sizes[0]) // UNIT_BYTES
         strided = self._unit.Create_vector(len(rows), part.uplink.size // UNIT_BYTES, stride).Commit()
-        request = self.comm.Igatherv([as_bytes(rows.buffer)[part.uplink.start :], 1, strided], None)
+        request = self._begun(
+            self.comm.Igatherv([as_bytes(rows.buffer)[part.uplink.start :], 1, strided], None)
+        )
         strided.Free()  # MPI keeps it until the request is done
         return request

@@ -89,8 +89,8 @@ def test_results_say_how_updates_were_collected(comm, folder, name, collect):
 def test_an_update_that_is_not_what_its_header_says_is_left_out(comm, folder, monkeypatch):
     train_client = worker.train_client
 
-    def lie(model, task, examples, settings, plan, client_id, values, memory):
-        result = train_client(model, task, examples, settings, plan, client_id, values, memory)
+    def lie(model, task, examples, settings, plan, client_id, values, memory, is_late):
+        result = train_client(model, task, examples, settings, plan, client_id, values, memory, is_late)
         if (client_id, plan.round_num) == (1, 2):
             values[-1] = np.nan  # in the head, and so in the last part
         return result
@@ -103,6 +103,24 @@ def test_an_update_that_is_not_what_its_header_says_is_left_out(comm, folder, mo
         expected[1, 1] = "not finite"
         assert results.clients["outcome"].tolist() == expected.tolist()
         assert np.isfinite(results.rounds["eval_loss"]).all()
+
+
+def test_a_client_that_raises_is_left_out_on_any_worker_and_then_set_aside(comm, folder, monkeypatch):
+    train_client = worker.train_client
+
+    def fail(model, task, examples, settings, plan, client_id, values, *rest):
+        result = train_client(model, task, examples, settings, plan, client_id, values, *rest)
+        if client_id == 1:
+            raise RuntimeError("out of memory")
+        return result
+
+    monkeypatch.setattr(worker, "train_client", fail)
+    settings = [SMALL, "faults.max_failures=2"]
+    federations.assert_same_bits(folder, "failing", settings, comm)
+    if comm.rank == 0:
+        results = read_results(federations.federate(folder, "failing", settings, comm) / "results.h5")
+        assert results.clients["outcome"][:, 1].tolist() == ["failed", "failed", "absent", "absent"]
+        assert (results.clients["outcome"][:, [0, 2, 3]] == "used").all()
 
 
 @pytest.mark.parametrize(

@@ -3,58 +3,18 @@
 import federations
 import numpy as np
 import pytest
-from federations import HEADER_DOWN, HEADER_UP, NUM_MODULES
+from federations import (
+    HEADER_DOWN,
+    HEADER_UP,
+    NUM_MODULES,
+    PRESETS,
+    RUNS,
+)
 
 from mpifedlora.core.methods import METHODS
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.results import read_results
 from mpifedlora.runtime import launch
-
-TWO_OF_FOUR = "federation.cohort_size=2"
-UNLIKE = "lora.client_ranks=[1, 2, 4]"
-VALIDATION = "data.validation_fraction=0.2"
-PRIVATE = ["privacy.clip_norm=0.5", "privacy.noise_multiplier=1.0", "privacy.noise_seed=3"]
-PRIVATE += ["aggregation.weights=equal"]
-CUSTOM = "federation.method=custom"
-SMALL = "transport.chunk_bytes=1536"  # as few bytes as a part may have: most are of one module
-
-PRESETS = {name: [f"federation.method={name}"] for name in METHODS if name != "custom"}
-VARIANTS = {
-    "hetlora, ranks": [*PRESETS["hetlora"], UNLIKE],
-    "flexlora, ranks": [*PRESETS["flexlora"], UNLIKE],
-    "flora, ranks": [*PRESETS["flora"], UNLIKE],
-    "annealed ranks, cohort": [UNLIKE, TWO_OF_FOUR],
-    "rolora, cohort": [*PRESETS["rolora"], TWO_OF_FOUR, SMALL],
-    "fedsa-lora, cohort": [*PRESETS["fedsa-lora"], TWO_OF_FOUR, "evaluation.on=workers", SMALL],
-    "own head": [
-        CUSTOM,
-        SMALL,
-        "training.personal=b-and-head",
-        "evaluation.model=personal",
-        "aggregation.kind=factors",
-        "annealing.schedule=constant",
-        "initiating.rounds=0",
-    ],
-    "flora, cohort": [*PRESETS["flora"], TWO_OF_FOUR],
-    "scaffold with cuts": [
-        CUSTOM,
-        TWO_OF_FOUR,
-        "training.control_variates=true",
-        "training.optimizer=sgd",
-        "aggregation.kind=factors",
-        "initiating.mu=0",
-    ],
-    "fedyogi with cuts": [CUSTOM, "aggregation.kind=factors", "server_optimizer.kind=fedyogi"],
-    "residual with cuts": [CUSTOM, "aggregation.kind=residual"],
-    "spectral": ["annealing.allocation=spectral"],
-    "metropolis": ["annealing.schedule=metropolis", "annealing.cut=drop", VALIDATION],
-    "target": ["annealing.schedule=target", VALIDATION, SMALL],
-    "median": ["aggregation.robust=median", SMALL],
-    "multi-krum": ["aggregation.robust=multi-krum", "aggregation.num_byzantine=0"],
-    "private ffa-lora": [*PRESETS["ffa-lora"], *PRIVATE, TWO_OF_FOUR, "federation.sampling=poisson"],
-    "private fedavg": [*PRESETS["fedavg"], *PRIVATE],
-}
-RUNS = {**PRESETS, **VARIANTS}
 
 # The tiny model's adapted layers: in and out, and so the values of one rank of A and of B in all of them.
 SIDES = [(32, 32)] * 4 + [(32, 64), (64, 32)]

@@ -48,7 +48,7 @@ class Case:
 
     def coordinator(self, num_workers):
         # Five clients of six, three on one worker: others have one, or none.
-        def choose_workers(round_num):
+        def choose_workers(round_num, without):
             return [(client // 3 + round_num) % num_workers for client in range(5)] + [-1]
 
         switches = Switches(

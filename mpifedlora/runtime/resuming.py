@@ -1,0 +1,99 @@
+"""What a run is resumed from: found and checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mpifedlora.core.config import RunConfig
+from mpifedlora.errors import CheckpointError
+from mpifedlora.io.checkpoints import CheckpointStore, numbers_of
+from mpifedlora.io.output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, free_name
+from mpifedlora.io.results import read_results
+from mpifedlora.io.results_schema import RoundRow
+
+# What changes no number of the run, and its length.
+_FREE = (
+    "federation.num_rounds",
+    "checkpoint.",
+    "transport.pipeline",
+    "transport.chunk_bytes",
+    "transport.gpu_buffers",
+)
+
+
+class Resumable(NamedTuple):
+    """What a run goes on from.
+
+    Args:
+        content: of its checkpoint.
+        rows: of its results, up to the checkpoint.
+        created: when the run began, ISO 8601.
+    """
+
+    content: bytes
+    rows: list[RoundRow]
+    created: str
+
+
+def find_resumable(out: Path, config: RunConfig) -> Resumable | None:
+    """Return what the run in a folder goes on from, or None where it has finished no round.
+
+    Raises:
+        CheckpointError: if no checkpoint is whole, the configuration has changed, or results.h5 does not
+            reach up to the checkpoint.
+    """
+    store = CheckpointStore(out / CHECKPOINTS_FOLDER, config.checkpoint.keep)
+    found = store.latest(lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+    path = out / RESULTS_FILE
+    results = read_results(path) if found or path.exists() else None
+    rows = results.rows() if results else []
+    if found is None:
+        if rows:
+            raise CheckpointError(
+                f"a run must have a checkpoint to be resumed, got {len(rows)} rounds and none "
+                f"({free_name(out)}); start anew in another folder, or with --overwrite"
+            )
+        return None
+    check_unchanged(config, numbers_of(found.content).get("config", {}), found.path)
+    kept = [row for row in rows if row.round_num <= found.round_num]
+    if len(kept) != found.round_num or results is None:
+        raise CheckpointError(
+            f"results.h5 must hold the {found.round_num} rounds of the checkpoint, got {len(kept)} ({path}); "
+            "put back the file that belongs to it"
+        )
+    store.remove_after(found.round_num)
+    return Resumable(found.content, kept, results.info.created)
+
+
+def check_unchanged(config: RunConfig, saved: Mapping[str, Any], where: Path) -> None:
+    """Check that a run is resumed as it was configured; what changes no number may differ.
+
+    Args:
+        config: of the resumed run.
+        saved: the configuration in its checkpoint.
+        where: the checkpoint's file.
+
+    Raises:
+        CheckpointError: with the keys that differ.
+    """
+    now = config.model_dump(mode="json")
+    keys = sorted({*_keys(now), *_keys(saved)})
+    differing = [key for key in keys if not key.startswith(_FREE) and _value(now, key) != _value(saved, key)]
+    if differing:
+        told = "; ".join(f"{key} was {_value(saved, key)!r}, got {_value(now, key)!r}" for key in differing)
+        raise CheckpointError(
+            f"a run must be resumed with the configuration that it began with: {told} ({where}); set them "
+            "back (federation.num_rounds may be changed), or start anew in another folder"
+        )
+
+
+def _keys(tables: Mapping[str, Any]) -> list[str]:
+    return [f"{table}.{key}" for table, values in tables.items() for key in values]
+
+
+def _value(tables: Mapping[str, Any], key: str) -> Any:
+    table, _, name = key.partition(".")
+    return tables.get(table, {}).get(name)
