@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mpifedlora.core.faults import set_aside
 from mpifedlora.core.layout import ModelShapes, Parts
@@ -66,3 +67,34 @@ def parts_to_send(
     if switches.aggregator.active == "restart":
         return ""
     return present.shared_layout(shapes).parts if ranks == present.lora_ranks else "ab"
+
+
+def given_to(workers: Sequence[int], num_workers: int, left_out: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return by client id who trains it when fewer workers are left: those of the others are shared out.
+
+    Args:
+        workers: by client id, as before.
+        num_workers: that are left.
+        left_out: workers whose clients nobody trains.
+
+    >>> given_to((0, 1, 2, ABSENT, 3), 2)
+    (0, 1, 0, -1, 1)
+    >>> given_to((0, 1, 2, ABSENT, 3), 2, [2])
+    (0, 1, -1, -1, 1)
+    """
+    nobody = (ABSENT, *left_out)
+    return tuple(ABSENT if worker in nobody else worker % num_workers for worker in workers)
+
+
+def without_training(plan: RoundPlan) -> RoundPlan:
+    """Return a plan like this one in which nobody trains."""
+    return replace(plan, workers=(ABSENT,) * len(plan.workers))
+
+
+def shrink(switches: Switches, num_workers: int) -> Switches:
+    """Return the switches of a run that goes on with fewer workers."""
+    choose = switches.choose_workers
+    return replace(
+        switches,
+        choose_workers=lambda round_num, set_aside: given_to(choose(round_num, set_aside), num_workers),
+    )

@@ -217,6 +217,18 @@ class CheckpointConfig(Section):
 class FaultsConfig(Section):
     """`[faults]`: what happens when a client or a worker fails."""
 
+    policy: Literal["repeat", "continue", "abort"] = Field(
+        "repeat",
+        description="What a worker that dies means under `mpirun --with-ft ulfm`. `repeat`: the round begins "
+        "again, its clients go to the other workers; `continue`: it begins again without these clients; "
+        "`abort`: the run ends.",
+    )
+
+    worker_timeout_s: Positive | None = Field(
+        300,
+        description="Seconds of silence after which a process that is stopped, or on a node that hangs, ends "
+        "the job, which can be resumed; needs an MPI with threads (MPI_THREAD_MULTIPLE).",
+    )
     min_clients: PositiveInt = Field(
         1,
         description="Updates that must be usable for a round to change the model; with fewer the round is "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,9 +25,11 @@ from mpifedlora.io.results_schema import (
     FORMAT_VERSION,
     Array,
     Baselines,
+    Event,
     RoundRow,
     RunInfo,
     check_shape,
+    utc_now,
 )
 
 Status = Literal["running", "interrupted", "finished", "failed"]
@@ -43,13 +45,17 @@ class ResultsWriter:
         path: the file to write; its folder must exist.
         info: what ran.
         rows: the rounds that a resumed run has already.
+        events: that it has had.
     """
 
-    def __init__(self, path: StrPath, info: RunInfo, rows: Iterable[RoundRow] = ()) -> None:
+    def __init__(
+        self, path: StrPath, info: RunInfo, rows: Iterable[RoundRow] = (), events: Iterable[Event] = ()
+    ) -> None:
         # Resolved once: a later chdir changes nothing, and a symbolic link is followed, not replaced.
         self._path = Path(os.path.realpath(path))
         self._info = info
         self._rows: list[RoundRow] = list(rows)
+        self._events: list[Event] = list(events)
         self._status: Status = "running"
         self._baselines: Baselines | None = None
         remove_stale_temporaries(self._path)
@@ -72,6 +78,10 @@ class ResultsWriter:
         by_client = (column for column in COLUMNS if column.axis == "clients")
         copies: dict[str, Any] = {c.name: np.array(getattr(row, c.name), dtype=c.dtype) for c in by_client}
         self._rows.append(replace(row, **copies))
+
+    def note(self, text: str) -> None:
+        """Add an event that happens now; it reaches the disk with the next `write`."""
+        self._events.append(Event(utc_now(), len(self._rows), text))
 
     def set_status(self, status: Status) -> None:
         """Set the run's status: `running` (from the start), `interrupted`, `finished` or `failed`.
@@ -116,6 +126,7 @@ class ResultsWriter:
             for column in COLUMNS:
                 file[column.path] = column.stack(self._rows, self._info)
             _write_attribute(file["rounds/module_ranks"], "module_names", self._info.module_names)
+            _write_events(file, self._events)
             if self._baselines is not None:
                 file.create_group("baselines").attrs.update(vars(self._baselines))
             file.flush()
@@ -132,6 +143,7 @@ class Results:
         rounds: name to array of `/rounds`, shape (rounds,), `module_ranks` (rounds, modules).
         clients: name to array of `/clients`, shape (rounds, clients).
         baselines: what the bytes compare with, if the run came to tell.
+        events: what was out of the ordinary, in order.
     """
 
     info: RunInfo
@@ -139,6 +151,7 @@ class Results:
     rounds: dict[str, Array]
     clients: dict[str, Array]
     baselines: Baselines | None
+    events: list[Event]
 
     def rows(self) -> list[RoundRow]:
         """Return the rounds as they were added, for a run that goes on."""
@@ -203,6 +216,22 @@ def _write_attribute(owner: h5py.HLObject, name: str, value: str | int | tuple[s
         owner.attrs[name] = _storable(value) if isinstance(value, str) else value
 
 
+def _write_events(file: h5py.File, events: Sequence[Event]) -> None:
+    columns = zip(*events, strict=True) if events else ((), (), ())
+    for name, values in zip(Event._fields, columns, strict=True):
+        if name == "num_finished":
+            file[f"events/{name}"] = np.array(values, np.int64)
+        else:
+            texts = np.array([_storable(text) for text in values], dtype=object)
+            file.create_dataset(f"events/{name}", data=texts, dtype=h5py.string_dtype())
+
+
+def _read_events(file: h5py.File) -> list[Event]:
+    times, finished, texts = (file[f"events/{name}"] for name in Event._fields)
+    columns = times.asstr()[()], finished[()].tolist(), texts.asstr()[()]
+    return [Event(*values) for values in zip(*columns, strict=True)]
+
+
 def _storable(text: str) -> str:
     """Replace what HDF5 text cannot hold: NUL, and surrogates from undecodable file names."""
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
@@ -218,7 +247,14 @@ def _read(file: h5py.File) -> Results:
         values = file[column.path][()]
         check_shape(column.path, values, (count, *column.shape(info)))
         groups[group][name] = values.astype("U") if column.dtype.startswith("S") else values
-    return Results(info, file.attrs["status"], groups["rounds"], groups["clients"], _read_baselines(file))
+    return Results(
+        info=info,
+        status=file.attrs["status"],
+        rounds=groups["rounds"],
+        clients=groups["clients"],
+        baselines=_read_baselines(file),
+        events=_read_events(file),
+    )
 
 
 def _check_format(file: h5py.File) -> None:

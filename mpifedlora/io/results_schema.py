@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import Field, dataclass, field, fields
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -21,8 +21,23 @@ Bools = npt.NDArray[np.bool_]
 Texts = npt.NDArray[np.bytes_]
 
 
-def _utc_now() -> str:
+def utc_now() -> str:
+    """Return the time, ISO 8601 in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Event(NamedTuple):
+    """Something out of the ordinary, as the terminal told it: `/events`.
+
+    Args:
+        time: when, ISO 8601 in UTC.
+        num_finished: rounds that were finished then.
+        text: what.
+    """
+
+    time: str
+    num_finished: int
+    text: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,7 +95,7 @@ class RunInfo:
     module_names: tuple[str, ...]
     label_names: tuple[str, ...]
     label_table: Ints
-    created: str = field(default_factory=_utc_now)
+    created: str = field(default_factory=utc_now)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

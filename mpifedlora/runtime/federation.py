@@ -36,7 +36,7 @@ from mpifedlora.io.output_folder import (
 )
 from mpifedlora.io.process import available_bytes, seconds_since_start
 from mpifedlora.io.results import ResultsWriter
-from mpifedlora.io.results_schema import RoundRow, RunInfo
+from mpifedlora.io.results_schema import Event, RoundRow, RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
 from mpifedlora.runtime.announcement import first_lines
 from mpifedlora.runtime.checkpointing import Checkpointer, Resumption, snapshot
@@ -105,12 +105,17 @@ def conduct(
     coordinator = Coordinator(model.shapes, switches, model.initial_state, config.federation.seed)
     collect = _describe_collect(config, coordinator, transport)
     info = _run_info(config, replica, transport, library, statuses, collect)
-    rows = []
+    rows: list[RoundRow] = []
+    events: list[Event] = []
     if start.resumable is not None:
-        rows, info = start.resumable.rows, replace(info, created=start.resumable.created)
-    writer = ResultsWriter(out / RESULTS_FILE, info, rows)
+        _, rows, created, events = start.resumable
+        info = replace(info, created=created)
+    writer = ResultsWriter(out / RESULTS_FILE, info, rows, events)
+    if rows:
+        writer.note(f"resumed after round {rows[-1].round_num}")
     with Progress(config.federation.num_rounds) as progress:
-        server = _server(config, coordinator, replica, transport, progress, start)
+        warn = partial(_tell, progress, writer)
+        server = _server(config, coordinator, replica, transport, progress, start, warn)
         if start.resumption is not None:
             start.resumption.restore(server)
             writer.set_baselines(server.baselines())
@@ -124,6 +129,7 @@ def conduct(
         except BaseException:
             writer.set_status("failed")
             saver.attempt(writer.write)
+            saver.attempt(checkpointer.settle)
             raise
         is_saved = saver.attempt(checkpointer.settle)
         is_whole = len(writer.rows) == config.federation.num_rounds
@@ -142,6 +148,11 @@ def conduct(
     if not is_saved:
         return EXIT_NOT_SAVED
     return EXIT_OK if is_whole else EXIT_INTERRUPTED
+
+
+def _tell(progress: Progress, writer: ResultsWriter, text: str) -> None:
+    progress.warn(text)
+    writer.note(text)
 
 
 def _resumed(rows: Sequence[RoundRow]) -> list[str]:
@@ -198,6 +209,7 @@ def _server(
     transport: ServerTransport,
     progress: Progress,
     start: Start,
+    warn: Callable[[str], None],
 ) -> Server:
     return Server(
         coordinator,
@@ -206,13 +218,14 @@ def _server(
         evaluate_every=config.evaluation.every,
         evaluates_on_workers=config.evaluation.on == "workers",
         epsilon=partial(_epsilon, config),
-        warn=progress.warn,
+        warn=warn,
         started=lambda plan: progress.round_started(plan.round_num, plan.stage, _mean_rank(plan)),
         pipeline=config.transport.pipeline,
         part_bytes=config.transport.chunk_bytes,
         reduce_dtype=config.transport.reduce_dtype,
         ends_early=start.interruption.is_due,
         keeps_states=config.checkpoint.every > 0,
+        policy=config.faults.policy,
     )
 
 

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mpifedlora.core.agreement import Status, check_agreement
 from mpifedlora.core.config import RunConfig
-from mpifedlora.errors import MpiFedLoraError
+from mpifedlora.errors import MpiFedLoraError, RunLost, WorkerLost
 from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, RUN_FILE, FolderLock, check_output_folder
+from mpifedlora.io.process import end_with_launcher, tell_when_terminated
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
 from mpifedlora.runtime.gpu_buffers import DIRECT_MARK, choose_gpu_buffers
 from mpifedlora.runtime.interruption import Interruption
 from mpifedlora.runtime.method import check_parts, client_keeps_state, wire_format
 from mpifedlora.runtime.resuming import Resumable, find_resumable
-from mpifedlora.transport.base import Endpoint
+from mpifedlora.transport.base import EXIT_RESUMABLE, Endpoint
 
 if TYPE_CHECKING:
     from mpifedlora.io.client_store import ClientStore
@@ -87,8 +88,12 @@ def run(
 def _run(request: Request, comm: Communicator | None) -> int:
     endpoint = _connect(comm)
     request.interruption.is_server = endpoint.is_server
+    advice = f"resume it with `mpifedlora run --resume --out {request.out}`"
+    if comm is None:
+        _end_with_the_job(endpoint, advice)
     try:
         (resolved, resumable), _ = _agree(endpoint, lambda: _check(request, endpoint))
+        endpoint.watch(resolved.config.faults.worker_timeout_s, advice)
         replica, statuses = _agree(endpoint, lambda: _build(request, resolved.config, endpoint))
         if client_keeps_state(resolved.config):
             _agree(endpoint, lambda: _find_token(replica.memory.store, endpoint))
@@ -98,9 +103,21 @@ def _run(request: Request, comm: Communicator | None) -> int:
         return EXIT_FAILED_ELSEWHERE
     try:
         return _take_part(request, resolved, resumable, replica, statuses, endpoint)
+    except (RunLost, WorkerLost) as error:
+        endpoint.abort(f"error: {error}", EXIT_RESUMABLE)
+        raise
     except Exception as error:
         endpoint.abort(_last_words(error))
         raise
+
+
+def _end_with_the_job(endpoint: Endpoint, advice: str) -> None:
+    """Outlive neither the launcher nor a job that somebody ends, and say how to go on."""
+    end_with_launcher(f"error: the MPI launcher has ended; {advice}", EXIT_RESUMABLE)
+    if endpoint.is_server:
+        tell_when_terminated(
+            f"the job was ended from outside, or a process of it died (mpirun says which); {advice}"
+        )
 
 
 def _connect(comm: Communicator | None) -> Endpoint:

@@ -12,12 +12,14 @@ from mpifedlora.errors import CheckpointError
 from mpifedlora.io.checkpoints import CheckpointStore, numbers_of
 from mpifedlora.io.output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, free_name
 from mpifedlora.io.results import read_results
-from mpifedlora.io.results_schema import RoundRow
+from mpifedlora.io.results_schema import Event, RoundRow
 
 # What changes no number of the run, and its length.
 _FREE = (
     "federation.num_rounds",
     "checkpoint.",
+    "faults.policy",
+    "faults.worker_timeout_s",
     "transport.pipeline",
     "transport.chunk_bytes",
     "transport.gpu_buffers",
@@ -31,11 +33,13 @@ class Resumable(NamedTuple):
         content: of its checkpoint.
         rows: of its results, up to the checkpoint.
         created: when the run began, ISO 8601.
+        events: of its results.
     """
 
     content: bytes
     rows: list[RoundRow]
     created: str
+    events: list[Event]
 
 
 def find_resumable(out: Path, config: RunConfig) -> Resumable | None:
@@ -65,7 +69,7 @@ def find_resumable(out: Path, config: RunConfig) -> Resumable | None:
             "put back the file that belongs to it"
         )
     store.remove_after(found.round_num)
-    return Resumable(found.content, kept, results.info.created)
+    return Resumable(found.content, kept, results.info.created, results.events)
 
 
 def check_unchanged(config: RunConfig, saved: Mapping[str, Any], where: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +17,18 @@ from mpifedlora.core.ledger import Ledger, Traffic, count_uplink, fixed_traffic
 from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.parts import pays
 from mpifedlora.core.plan import RoundPlan
+from mpifedlora.core.planning import given_to, shrink, without_training
 from mpifedlora.core.report import RoundReport
 from mpifedlora.core.rounds import Coordinator
-from mpifedlora.core.screening import ABOVE_BOUND, ABSENT, NOT_FINITE, USED
+from mpifedlora.core.screening import ABOVE_BOUND, NOT_FINITE, USED
 from mpifedlora.core.wire import FAILED, LATE, UpdateHeader
+from mpifedlora.errors import RunLost, WorkerLost
 from mpifedlora.io.results_schema import Baselines, RoundRow
+from mpifedlora.runtime.rows import columns_by_client, measured, seconds_of_row
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.transport.base import ServerTransport
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Server:
         reduce_dtype: what updates are added up in, where the method reduces.
         ends_early: whether the round in hand is to be the last of this job; asked once a round.
         keeps_states: whether checkpoints may still need older states of clients.
+        policy: what a lost worker means: `repeat` the round, `continue` it without its clients, `abort`.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Server:
         reduce_dtype: str = "float32",
         ends_early: Callable[[], bool] = lambda: False,
         keeps_states: bool = False,
+        policy: str = "repeat",
     ) -> None:
         self.coordinator = coordinator
         self.transport = transport
@@ -99,7 +106,7 @@ class Server:
         self.reduce_dtype = getattr(torch, reduce_dtype)
         self._announced: RoundPlan | None = None  # what a stream has told the workers
         self.warn, self.started = warn, started
-        self.ends_early, self.keeps_states = ends_early, keeps_states
+        self.ends_early, self.keeps_states, self.policy = ends_early, keeps_states, policy
         self.is_last = False  # whether the last round of this job is closed
         self._crossed = 0
         self._round_ended = time.perf_counter()
@@ -124,17 +131,43 @@ class Server:
         watch = Stopwatch()
         while not self.is_last and self.coordinator.next_plan.round_num <= self._num_rounds:
             plan = self.coordinator.plan(evaluates=waiting is not None and self.evaluates_on_workers)
-            metrics = self._open(plan, watch, is_measured=waiting is not None)
-            if waiting is not None and metrics is not None:
-                yield _measured(waiting, metrics, watch.seconds["evaluate_s"])
-            row = self._close(plan, watch)
+            try:
+                metrics = self._open(plan, watch, is_measured=waiting is not None)
+                if waiting is not None and metrics is not None:
+                    yield measured(waiting, metrics, watch.seconds["evaluate_s"])
+                    waiting = None
+                row = self._close(plan, watch)
+            except WorkerLost as loss:
+                self._go_on_without(loss)
+                continue
             waiting = row if self._is_due(plan.round_num) else None
             if waiting is None:
                 yield row
         if waiting is not None:
-            yield self._measure_last(waiting, watch)
-        else:
-            self._broadcast(self.coordinator.next_plan.stopped(), self.coordinator.wire[:0])
+            yield self._measured_last(waiting, watch)
+        self._surviving(self._stop)
+
+    def _stop(self) -> None:
+        self._broadcast(self.coordinator.next_plan.stopped(), self.coordinator.wire[:0])
+
+    def _go_on_without(self, loss: WorkerLost) -> None:
+        """Leave a lost worker behind: the round in hand is sent again, from its beginning."""
+        if self.policy == "abort":
+            raise RunLost(f'{loss}, and faults.policy = "abort"; resume it with --resume') from loss
+        lost, coordinator = self.transport.repair(), self.coordinator
+        left, plan, self._announced = self.transport.num_workers, coordinator.next_plan, None
+        coordinator.switches = shrink(coordinator.switches, left)
+        left_out = lost if self.policy == "continue" else ()
+        coordinator.next_plan = replace(plan, workers=given_to(plan.workers, left, left_out))
+        self.warn(f"round {plan.round_num}: {loss}; the round begins again with {left} workers")
+
+    def _surviving(self, step: Callable[[], T]) -> T:
+        """Do a step again until no worker dies in it."""
+        while True:
+            try:
+                return step()
+            except WorkerLost as loss:
+                self._go_on_without(loss)
 
     @property
     def _num_rounds(self) -> int:
@@ -208,7 +241,9 @@ class Server:
             self.transport.collect_sum(total)
             return _timed(lambda: coordinator.finish_sum(headers, total, judge))
         is_worth_it = pays(plan, coordinator.shapes, coordinator.switches.wire, self.part_bytes)
-        if headers and self.pipelines and coordinator.streams and is_worth_it:
+        # A stream would announce a cohort to workers that are to measure and end.
+        measures_and_ends = self.is_last and self.evaluates_on_workers and plan.round_num < self._num_rounds
+        if headers and self.pipelines and coordinator.streams and is_worth_it and not measures_and_ends:
             return self._stream(plan, headers)
         updates = coordinator.updates(headers, self.transport.collect_rows(plan) if headers else [])
         return _timed(lambda: coordinator.finish(updates, judge))
@@ -262,8 +297,8 @@ class Server:
             dropped_energy=report.dropped_energy,
             num_participants=len(report.participants),
             epsilon=self.epsilon(plan.round_num),
-            **_seconds(seconds),
-            **_by_client(report, len(plan.workers)),
+            **seconds_of_row(seconds),
+            **columns_by_client(report, len(plan.workers)),
         )
 
     def _round_s(self) -> float:
@@ -274,15 +309,18 @@ class Server:
         before, self._crossed = self._crossed, self.transport.bytes_crossed
         return self._crossed - before
 
-    def _measure_last(self, row: RoundRow, watch: Stopwatch) -> RoundRow:
-        plan = self.coordinator.plan(evaluates=self.evaluates_on_workers)
+    def _measured_last(self, row: RoundRow, watch: Stopwatch) -> RoundRow:
+        metrics = self._surviving(self._measure_again)
+        crossed = row.mpi_bytes + self._newly_crossed()
+        return measured(replace(row, mpi_bytes=crossed), metrics, watch.lap("evaluate_s"))
+
+    def _measure_again(self) -> Metrics:
+        # Whoever is to train then waits for a resumed run.
+        plan = without_training(self.coordinator.plan(evaluates=self.evaluates_on_workers))
         if self.evaluates_on_workers:
             self._broadcast(plan, self.coordinator.wire)
         self.model.receive(plan, self.coordinator.message)
-        metrics = self._measure(plan)
-        self._broadcast(plan.stopped(), self.coordinator.wire[:0])
-        crossed = row.mpi_bytes + self._newly_crossed()
-        return _measured(replace(row, mpi_bytes=crossed), metrics, watch.lap("evaluate_s"))
+        return self._measure(plan)
 
     def baselines(self) -> Baselines:
         """Compare what was sent so far with FedAvg and fixed-rank LoRA on the same rounds and cohorts."""
@@ -303,36 +341,3 @@ class Server:
 def _timed(finish: Callable[[], RoundReport]) -> tuple[RoundReport, float]:
     started = time.perf_counter()
     return finish(), time.perf_counter() - started
-
-
-def _seconds(seconds: dict[str, float]) -> dict[str, Any]:
-    names = ("train_s", "collect_s", "aggregate_s", "broadcast_s", "round_s")
-    return {"evaluate_s": 0.0, **{name: seconds[name] for name in names}}
-
-
-def _by_client(report: RoundReport, num_clients: int) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        "client_num_examples": np.zeros(num_clients, np.int64),
-        "client_train_loss": np.full(num_clients, np.nan),
-        "client_train_s": np.zeros(num_clients),
-        "client_participated": np.zeros(num_clients, bool),
-        "client_outcome": np.full(num_clients, ABSENT, "S16"),
-    }
-    for client_id, outcome in report.outcomes.items():
-        columns["client_outcome"][client_id] = outcome
-    for update in report.participants:
-        columns["client_num_examples"][update.client_id] = update.num_examples
-        columns["client_train_loss"][update.client_id] = update.train_loss
-        columns["client_train_s"][update.client_id] = update.train_s
-        columns["client_participated"][update.client_id] = True
-    return columns
-
-
-def _measured(row: RoundRow, metrics: Metrics, evaluate_s: float) -> RoundRow:
-    return replace(
-        row,
-        eval_loss=metrics.loss,
-        eval_accuracy=metrics.accuracy,
-        eval_macro_f1=metrics.macro_f1,
-        evaluate_s=evaluate_s,
-    )

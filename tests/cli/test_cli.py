@@ -49,7 +49,7 @@ def launch_with(monkeypatch: pytest.MonkeyPatch, run: Launch) -> int | str | Non
 
 
 def failing_with(error: BaseException) -> Launch:
-    def run(run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool) -> int:
+    def run(run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool, *, resumes: bool) -> int:
         raise error
 
     return run
@@ -85,20 +85,29 @@ def test_unknown_verb() -> None:
 def test_run_hands_everything_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def run(run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool) -> int:
-        calls.append((run_file, tuple(overrides), out, overwrite))
+    def run(run_file: Path, overrides: Sequence[str], out: Path, overwrite: bool, *, resumes: bool) -> int:
+        calls.append((run_file, tuple(overrides), out, overwrite, resumes))
         return 85
 
     fake(monkeypatch, "mpifedlora.runtime.launch", run=run)
     result = invoke("run", "a.toml", "--out", "b", "--set", "x.y=1", "--set", "x.z=[1,2]", "--overwrite")
     assert result.exit_code == 85
-    assert calls == [(Path("a.toml"), ("x.y=1", "x.z=[1,2]"), Path("b"), True)]
+    assert calls == [(Path("a.toml"), ("x.y=1", "x.z=[1,2]"), Path("b"), True, False)]
     assert invoke("run", "a.toml", "--out", "b").exit_code == 85
-    assert calls[-1] == (Path("a.toml"), (), Path("b"), False)
+    assert calls[-1] == (Path("a.toml"), (), Path("b"), False, False)
+    assert invoke("run", "--resume", "--out", "b").exit_code == 85
+    assert calls[-1] == (None, (), Path("b"), False, True)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run"], ["run", "a.toml"], ["run", "a.toml", "--out"], ["run", "--out", "b"]]
+    "arguments",
+    [
+        ["run"],
+        ["run", "a.toml"],
+        ["run", "a.toml", "--out"],
+        ["run", "--out", "b"],
+        ["run", "a.toml", "--out", "b", "--resume", "--overwrite"],
+    ],
 )
 def test_run_needs_a_file_and_a_folder(arguments: list[str]) -> None:
     assert invoke(*arguments).exit_code == 2

@@ -108,7 +108,7 @@ class TestRoundTrip:
     def test_plain_h5py_sees_the_documented_names(self, tmp_path: Path) -> None:
         write_rounds(tmp_path / "results.h5", 3)
         with h5py.File(tmp_path / "results.h5") as file:
-            assert (file.attrs["format_version"], file.attrs["status"]) == (3, "running")
+            assert (file.attrs["format_version"], file.attrs["status"]) == (4, "running")
             assert file["rounds/uplink_bytes"].shape == (3,)
             assert file["rounds/stage"][0] == b"annealing"
             assert file["rounds/module_ranks"].shape == (3, 2)
