@@ -49,8 +49,8 @@ while [ -n "$signalled" ]; do
     wait "$process" || status=$?
 done
 
-# 85: the run stopped for the signal, with a checkpoint. Any other failure would only repeat itself.
-if [ "$status" -eq 85 ]; then
+# 85: the run stopped for the signal, with a checkpoint; 75: a process was lost. Others would only repeat.
+if [ "$status" -eq 85 ] || [ "$status" -eq 75 ]; then
     echo "== job $SLURM_JOB_ID goes back to the queue, to continue"
     scontrol requeue "$SLURM_JOB_ID" || echo "== it cannot: to continue, submit it again into $out" >&2
 fi
