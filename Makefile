@@ -14,12 +14,12 @@ BIN := .venv/bin
 # Another environment that happens to be active does not count.
 unexport VIRTUAL_ENV PYTHONHOME
 
-.PHONY: help demo test lint types unit mpi bench data install clean slurm-cluster slurm-cluster-stop
+.PHONY: help demo test lint types unit mpi bench torture data install clean slurm-cluster slurm-cluster-stop
 
 ## demo     fine-tune MiniLM in a federation of eight clients: a server and four workers over MPI
 demo: data
-	@echo "== mpirun -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --overwrite"
-	@. tests/mpi_env.sh && mpirun -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --overwrite
+	@echo "== mpirun --with-ft ulfm -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --overwrite"
+	@. tests/mpi_env.sh && mpirun --with-ft ulfm -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --overwrite
 
 ## test     everything below, one after another
 test: lint types unit mpi
@@ -59,6 +59,10 @@ slurm-cluster:
 ## slurm-cluster-stop  remove it, with its jobs
 slurm-cluster-stop:
 	@tests/slurm/cluster.sh stop
+
+## torture  a hundred random faults: kills, stops, signals; about an hour
+torture: .venv/.installed
+	@. tests/mpi_env.sh && python tests/faults/torture.py
 
 ## data     fetch the demo's data set and weights into the cache folder
 data: .venv/.installed

@@ -221,7 +221,8 @@ def _take_part(
         serve(worker, endpoint)
         return 0
     if isinstance(endpoint, mpi.MpiServer):
-        return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses, start)
+        library = endpoint.library + ", workers may die" * endpoint.is_fault_tolerant
+        return conduct(request.out, resolved, replica, endpoint, library, statuses, start)
     own, _, device = _build(request, config, endpoint)
     if resumption is not None:
         resumption.recover(own.model)
