@@ -225,7 +225,7 @@ class FaultsConfig(Section):
     )
 
     worker_timeout_s: Positive | None = Field(
-        300,
+        300.0,
         description="Seconds of silence after which a process that is stopped, or on a node that hangs, ends "
         "the job, which can be resumed; needs an MPI with threads (MPI_THREAD_MULTIPLE).",
     )

@@ -145,7 +145,8 @@ class Server:
                 yield row
         if waiting is not None:
             yield self._measured_last(waiting, watch)
-        self._surviving(self._stop)
+        else:
+            self._surviving(self._stop)
 
     def _stop(self) -> None:
         self._broadcast(self.coordinator.next_plan.stopped(), self.coordinator.wire[:0])
@@ -311,6 +312,7 @@ class Server:
 
     def _measured_last(self, row: RoundRow, watch: Stopwatch) -> RoundRow:
         metrics = self._surviving(self._measure_again)
+        self._surviving(self._stop)
         crossed = row.mpi_bytes + self._newly_crossed()
         return measured(replace(row, mpi_bytes=crossed), metrics, watch.lap("evaluate_s"))
 

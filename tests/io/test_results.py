@@ -270,10 +270,10 @@ class TestRefusals:
             file["x"] = 1
         with pytest.raises(CheckpointError, match="another HDF5 file"):
             read_results(path)
-        for version in (2, 4):
+        for version in (3, 5):
             with h5py.File(path, "a") as file:
                 file.attrs["format_version"] = version
-            with pytest.raises(CheckpointError, match=f"must be 3, got {version}"):
+            with pytest.raises(CheckpointError, match=f"must be 4, got {version}"):
                 read_results(path)
 
     @pytest.mark.parametrize("name", ["rounds/uplink_bytes", "clients", "label_table"])

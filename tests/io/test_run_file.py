@@ -430,7 +430,7 @@ TIED = (
     "annealing.allocation aggregation.kind aggregation.weights aggregation.robust aggregation.norm_bound "
     "training.scope training.personal training.control_variates server_optimizer.kind privacy.clip_norm "
     "privacy.noise_multiplier evaluation.model training.compile transport.collect transport.uplink_dtype "
-    "transport.downlink_dtype transport.error_feedback"
+    "transport.downlink_dtype transport.error_feedback faults.round_deadline_s faults.min_clients"
 ).split()
 FIXED = {"annealing.schedule": "constant", "aggregation.kind": "factors"}
 COHERENT: list[dict[str, Any]] = [

@@ -503,7 +503,7 @@ def test_bad_input_is_told_before_torch_is_loaded(folder, tmp_path, setting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 3])
-def test_an_exception_on_a_worker_ends_the_job_with_its_name(tmp_path, processes):
+def test_where_all_clients_fail_the_job_ends_and_says_why(tmp_path, processes):
     # Texts of more tokens than the model has positions: training fails, and only there.
     rows = (support.make_csv(tmp_path / "short.csv")).read_text().splitlines()
     long = [f"{' '.join([row.split(',')[0]] * 40)},{row.split(',')[1]}" for row in rows[1:]]
@@ -513,9 +513,9 @@ def test_an_exception_on_a_worker_ends_the_job_with_its_name(tmp_path, processes
     settings = [f"data.test_source={tmp_path / 'test.csv'}", "data.max_length=500"]
     code, output = finish(start(tmp_path, tmp_path / "run", *settings, processes=processes))
     assert code == 1
-    assert "error: worker " in output
     assert "failed in round 1 on client " in output
-    assert "Traceback" in output
+    assert "failed in round 3 on client " in output
+    assert "3 failures in a row" in output
 
 
 # Several federations in one launch, each on a communicator of its own.
@@ -566,6 +566,7 @@ def test_open_mpi_counts_the_same_bytes(folder, tmp_path):
     text = (tmp_path / "monitor.0.prof").read_text()
     pattern = r"MPI COMM (\d+) DUP FROM .*\nO2A\t0\t(\d+) bytes.*\nA2O\t0\t(\d+) bytes"
     counted = sorted(tuple(map(int, found)) for found in re.findall(pattern, text))
+    counted = [found for found in counted if any(found[1:])]  # signs of life go from one to another
     ours = [read_results(tmp_path / name / "results.h5").rounds["mpi_bytes"].sum() for name in COUNTED]
     assert [one_to_all + all_to_one for _, one_to_all, all_to_one in counted] == ours
 

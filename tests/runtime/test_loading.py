@@ -174,11 +174,11 @@ def test_a_dropped_run_exports_the_last_rank(finished):
 @pytest.mark.parametrize(
     ("name", "left_behind"),
     [
-        ("freeze", {"adapter", "results.h5", "run.toml"}),
-        ("full-then-adapter", {"adapter", "base_model", "results.h5", "run.toml"}),
-        ("fedavg", {"base_model", "results.h5", "run.toml"}),
-        ("flora", {"adapter", "base_model", "results.h5", "run.toml"}),
-        ("fedsa", {"client_adapters", "client_states", "results.h5", "run.toml"}),
+        ("freeze", {"adapter", "checkpoints", "results.h5", "run.toml"}),
+        ("full-then-adapter", {"adapter", "base_model", "checkpoints", "results.h5", "run.toml"}),
+        ("fedavg", {"base_model", "checkpoints", "results.h5", "run.toml"}),
+        ("flora", {"adapter", "base_model", "checkpoints", "results.h5", "run.toml"}),
+        ("fedsa", {"client_adapters", "client_states", "checkpoints", "results.h5", "run.toml"}),
     ],
 )
 def test_what_is_left_behind(finished, name, left_behind):
