@@ -11,7 +11,6 @@ from mpifedlora.core.config import RunConfig
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.checkpoints import CheckpointStore, numbers_of
 from mpifedlora.io.output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, free_name
-from mpifedlora.io.results import read_results
 from mpifedlora.io.results_schema import Event, RoundRow
 
 # What changes no number of the run, and its length.
@@ -49,6 +48,8 @@ def find_resumable(out: Path, config: RunConfig) -> Resumable | None:
         CheckpointError: if no checkpoint is whole, the configuration has changed, or results.h5 does not
             reach up to the checkpoint.
     """
+    from mpifedlora.io.results import read_results
+
     store = CheckpointStore(out / CHECKPOINTS_FOLDER, config.checkpoint.keep)
     found = store.latest(lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
     path = out / RESULTS_FILE
