@@ -7,7 +7,6 @@ import time
 import pytest
 import support
 from faults.runs import LONG, begin, differing, processes_of, wait_for_rounds
-from faults.torture import FAULTS, torture
 
 from mpifedlora.io.results import read_results
 from mpifedlora.runtime import launch
@@ -84,11 +83,3 @@ def test_the_policy_may_end_the_run(folder, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert 'faults.policy = "abort"' in output
-
-
-@pytest.mark.parametrize("seed", range(len(FAULTS)))
-def test_random_faults(folder, tmp_path, whole, seed):
-    # The short form of `make torture`: every kind of fault once, at a random time.
-    outcome = torture(folder, tmp_path / "run", whole, seed)
-    assert not outcome.hung, outcome
-    assert not outcome.lost, outcome
