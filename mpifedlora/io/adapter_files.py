@@ -10,8 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mpifedlora.errors import CheckpointError
-from mpifedlora.io.atomic import replace_file
+from mpifedlora.io.atomic import refusal, replace_file
 from mpifedlora.io.output_folder import BASE_FOLDER
 
 BASE_FILE = "model.safetensors"
@@ -55,7 +54,5 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             replace_file(folder / name, content)
     except OSError as error:
-        raise CheckpointError(
-            f"the run's folder must be writable, got {error.strerror or error} ({folder}); "
-            f"free space: what was saved before is untouched"
-        ) from error
+        todo = "free space: what was saved before is untouched"
+        raise refusal("the run's folder must be writable", error, folder, todo) from error

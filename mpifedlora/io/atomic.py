@@ -10,6 +10,8 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from mpifedlora.errors import CheckpointError
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` in place of a file such that readers see the old bytes or the new, never a mix.
@@ -34,6 +36,20 @@ def replace_file(path: Path, content: bytes) -> None:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def refusal(must_hold: str, error: OSError, path: Path, what_to_do: str) -> CheckpointError:
+    """Return the error that tells why the disk refuses, with its `errno`.
+
+    Args:
+        must_hold: the message's first words.
+        error: of the disk.
+        path: what it is about.
+        what_to_do: the message's last words.
+    """
+    failure = CheckpointError(f"{must_hold}, got {error.strerror or error} ({path}); {what_to_do}")
+    failure.errno = error.errno
+    return failure
 
 
 def remove_stale_temporaries(path: Path) -> None:

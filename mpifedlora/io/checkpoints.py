@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpifedlora.errors import CheckpointError
-from mpifedlora.io.atomic import remove_stale_temporaries, replace_file
+from mpifedlora.io.atomic import refusal, remove_stale_temporaries, replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,12 +60,11 @@ class CheckpointStore:
             self._folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, content)
         except OSError as error:
-            failure = CheckpointError(
-                f"checkpoints must be writable, got {error.strerror or error} ({path}); free space or "
-                "restore the folder: those written before are untouched, and the next round is tried again"
+            todo = (
+                "free space or restore the folder: those written before are untouched, and the next round is "
+                "tried again"
             )
-            failure.errno = error.errno
-            raise failure from error
+            raise refusal("checkpoints must be writable", error, path, todo) from error
         for _, old in self._files()[self._keep :]:
             with suppress(OSError):
                 old.unlink(missing_ok=True)

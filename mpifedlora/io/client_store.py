@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mpifedlora.errors import CheckpointError
-from mpifedlora.io.atomic import remove_stale_temporaries, replace_file
+from mpifedlora.io.atomic import refusal, remove_stale_temporaries, replace_file
 
 TOKEN_FILE = "shared.token"
 _NAME = re.compile(r"client-(\d{5,})\.round-(\d{5,})\.safetensors")
@@ -119,7 +119,7 @@ class ClientStore:
             replace_file(path, content)
         except OSError as error:
             todo = "free space or restore the folder: what was written before is untouched"
-            raise _failure("the folder of clients' states must be writable", error, path, todo) from error
+            raise refusal("the folder of clients' states must be writable", error, path, todo) from error
 
 
 def _name(client_id: int, round_num: int) -> str:
@@ -131,13 +131,7 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         must_hold = "clients' states must be on storage that every worker sees"
-        raise _failure(must_hold, error, path, "put the run's folder on a shared file system") from error
-
-
-def _failure(must_hold: str, error: OSError, path: Path, what_to_do: str) -> CheckpointError:
-    failure = CheckpointError(f"{must_hold}, got {error.strerror or error} ({path}); {what_to_do}")
-    failure.errno = error.errno
-    return failure
+        raise refusal(must_hold, error, path, "put the run's folder on a shared file system") from error
 
 
 def _encode(client_id: int, round_num: int, state: Mapping[str, Tensor]) -> bytes:

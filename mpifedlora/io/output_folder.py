@@ -21,8 +21,7 @@ CLIENT_ADAPTERS_FOLDER = "client_adapters"
 CLIENT_STATES_FOLDER = "client_states"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
-_EXPORTED = (ADAPTER_FOLDER, BASE_FOLDER, CLIENT_ADAPTERS_FOLDER)
-_LEFT_BEHIND = (RESULTS_FILE, RUN_FILE, *_EXPORTED)
+_LEFT_BEHIND = (RESULTS_FILE, RUN_FILE, ADAPTER_FOLDER, BASE_FOLDER, CLIENT_ADAPTERS_FOLDER)
 _OWN = (*_LEFT_BEHIND, CLIENT_STATES_FOLDER, CHECKPOINTS_FOLDER)
 
 
@@ -57,14 +56,14 @@ def prepare_output_folder(out: Path, run_file_text: str, *, resumes: bool = Fals
     Args:
         out: the folder.
         run_file_text: of the resolved configuration.
-        resumes: whether the run in the folder goes on: only what it makes anew at its end is removed.
+        resumes: whether the run in the folder goes on: then nothing is removed.
 
     Raises:
         ConfigError: if the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in _EXPORTED if resumes else _OWN:
+        for name in () if resumes else _OWN:
             old = out / name
             if old.is_dir():
                 shutil.rmtree(old)

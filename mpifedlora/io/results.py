@@ -19,7 +19,7 @@ import numpy as np
 
 from mpifedlora.core.schedule import Stage
 from mpifedlora.errors import CheckpointError
-from mpifedlora.io.atomic import remove_stale_temporaries, replace_file
+from mpifedlora.io.atomic import refusal, remove_stale_temporaries, replace_file
 from mpifedlora.io.results_schema import (
     COLUMNS,
     FORMAT_VERSION,
@@ -107,12 +107,11 @@ class ResultsWriter:
         try:
             replace_file(self._path, content)
         except OSError as error:
-            failure = CheckpointError(
-                f"results must be writable, got {error.strerror or error} ({self._path}); free space or "
-                "restore the folder: the last complete file is untouched, the next write holds every round"
+            todo = (
+                "free space or restore the folder: the last complete file is untouched, the next write "
+                "holds every round"
             )
-            failure.errno = error.errno
-            raise failure from error
+            raise refusal("results must be writable", error, self._path, todo) from error
 
     def _encode(self) -> bytes:
         # In memory, so that only our own plain write meets the disk: HDF5 reports a full disk as any of

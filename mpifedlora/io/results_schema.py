@@ -54,6 +54,7 @@ class RunInfo:
         num_workers: processes that trained them.
         seed: the run's seed.
         mpi_library: the MPI library's own version text, or how else messages were carried.
+        survives_lost_workers: whether the run goes on when a worker dies (ULFM).
         devices: device of the server, then of each worker.
         eval_model: which model the metrics measure: `global`, or each client's own (`personal`).
         is_private: whether noise that nobody can take away protects the clients.
@@ -83,6 +84,7 @@ class RunInfo:
     num_workers: int
     seed: int
     mpi_library: str
+    survives_lost_workers: bool
     devices: tuple[str, ...]
     eval_model: str
     is_private: bool

@@ -40,6 +40,7 @@ def first_lines(resolved: ResolvedRun, info: RunInfo, num_parameters: int, out: 
     yield (
         f"{federation.num_clients} clients on {info.num_workers} workers ({_devices(info.devices)}), "
         f"{federation.num_rounds} rounds, seed {federation.seed}, {info.mpi_library}"
+        f"{', workers may die' if info.survives_lost_workers else ''}"
     )
     yield method_line(config)
     yield transport_line(info)

@@ -28,7 +28,7 @@ def snapshot(server: Server, config: RunConfig) -> Snapshot:
     """Copy all that a run needs to go on after its last finished round."""
     taken, model = take(server.coordinator), server.model
     taken.numbers.update(config=config.model_dump(mode="json"), built_in=model.built_in)
-    taken.tensors["past"] = torch.stack([torch.from_numpy(plan.pack()) for plan in server.past])
+    taken.tensors["past"] = torch.stack(server.past)
     if server.coordinator.switches.aggregator.folds:
         weights = model.adapted_weights().items()
         taken.tensors.update({f"{_WEIGHT}{name}": weight.clone() for name, weight in weights})

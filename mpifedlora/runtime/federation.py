@@ -162,6 +162,7 @@ def _resumed(rows: Sequence[RoundRow]) -> list[str]:
 def _checkpointer(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> Checkpointer:
     keep = config.checkpoint.keep
     store = CheckpointStore(out / CHECKPOINTS_FOLDER, keep)
+    store.remove_after(coordinator.next_plan.round_num - 1)  # damaged ones, which come anew
     return Checkpointer(store, replica.memory.store, keep, coordinator.state_rounds)
 
 
@@ -311,6 +312,7 @@ def _run_info(
         num_workers=transport.num_workers,
         seed=config.federation.seed,
         mpi_library=library,
+        survives_lost_workers=transport.is_fault_tolerant,
         devices=tuple(status.device for status in statuses),
         eval_model=config.evaluation.model,
         is_private=has_private_noise(config),

@@ -89,7 +89,7 @@ def _run(request: Request, comm: Communicator | None) -> int:
     endpoint = _connect(comm)
     request.interruption.is_server = endpoint.is_server
     advice = f"resume it with `mpifedlora run --resume --out {request.out}`"
-    if comm is None:
+    if comm is None and endpoint.process_names()[1:]:
         _end_with_the_job(endpoint, advice)
     try:
         (resolved, resumable), _ = _agree(endpoint, lambda: _check(request, endpoint))
@@ -221,8 +221,7 @@ def _take_part(
         serve(worker, endpoint)
         return 0
     if isinstance(endpoint, mpi.MpiServer):
-        library = endpoint.library + ", workers may die" * endpoint.is_fault_tolerant
-        return conduct(request.out, resolved, replica, endpoint, library, statuses, start)
+        return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses, start)
     own, _, device = _build(request, config, endpoint)
     if resumption is not None:
         resumption.recover(own.model)

@@ -69,7 +69,6 @@ def find_resumable(out: Path, config: RunConfig) -> Resumable | None:
             f"results.h5 must hold the {found.round_num} rounds of the checkpoint, got {len(kept)} ({path}); "
             "put back the file that belongs to it"
         )
-    store.remove_after(found.round_num)
     return Resumable(found.content, kept, results.info.created, results.events)
 
 

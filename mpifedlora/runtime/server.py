@@ -100,7 +100,8 @@ class Server:
         self.evaluates_on_workers = evaluates_on_workers
         num_clients = len(coordinator.next_plan.workers)
         self.ledger = Ledger(num_clients, coordinator.switches.wire.downlink)
-        self.past: list[RoundPlan] = []  # of all finished rounds
+        self.past: list[Tensor] = []  # packed plans of all finished rounds
+        self.cohort_sizes: list[int] = []
         self.sent = Traffic(0, 0)
         self.pipelines, self.part_bytes = pipeline and transport.can_stream, part_bytes
         self.reduce_dtype = getattr(torch, reduce_dtype)
@@ -117,7 +118,8 @@ class Server:
         for plan in plans:
             uplink = count_uplink(plan, shapes, self.coordinator.switches.wire.uplink)
             last = uplink, self.ledger.count_downlink(plan, shapes)
-            self.past.append(plan)
+            self.past.append(torch.from_numpy(plan.pack()))
+            self.cohort_sizes.append(len(plan.cohort))
             self.sent += last[0] + last[1]
         return last
 
@@ -326,7 +328,7 @@ class Server:
 
     def baselines(self) -> Baselines:
         """Compare what was sent so far with FedAvg and fixed-rank LoRA on the same rounds and cohorts."""
-        shapes, sizes = self.coordinator.shapes, [len(plan.cohort) for plan in self.past]
+        shapes, sizes = self.coordinator.shapes, self.cohort_sizes
         full = fixed_traffic(shapes, shapes.full().num_values, sizes)
         ranks = uniform(self.coordinator.switches.schedule.rank_max, shapes.modules)
         fixed = fixed_traffic(shapes, shapes.adapter(ranks).num_values, sizes)

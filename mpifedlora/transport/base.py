@@ -75,6 +75,7 @@ class ServerTransport(Protocol):
     num_workers: int
     bytes_crossed: int
     can_stream: bool
+    is_fault_tolerant: bool
 
     def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         """Send a plan and the bytes of its message to every worker."""

@@ -29,6 +29,7 @@ class InProcessTransport:
     """
 
     can_stream = False
+    is_fault_tolerant = False
 
     def __init__(self, workers: Sequence[TrainsClients]) -> None:
         self.workers = workers

@@ -43,6 +43,7 @@ def make_info(**changes: Any) -> RunInfo:
         "num_workers": 2,
         "seed": 2**32 - 1,
         "mpi_library": "in process",
+        "survives_lost_workers": True,
         "devices": ("cpu", "cuda:0", "cuda:1"),
         "eval_model": "personal",
         "is_private": False,

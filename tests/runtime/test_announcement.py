@@ -29,6 +29,7 @@ INFO = RunInfo(
     num_workers=2,
     seed=0,
     mpi_library="Some MPI",
+    survives_lost_workers=False,
     devices=("cpu, 1 thread",) * 3,
     eval_model="global",
     is_private=False,

@@ -58,12 +58,14 @@ def assert_same(out, whole):
 
 
 def test_the_folder_alone_goes_on(cut, whole, capsys):
-    assert read_results(cut / "results.h5").status == "interrupted"
+    interrupted = read_results(cut / "results.h5")
+    assert interrupted.status == "interrupted"
     assert launch.run(None, [], cut, False, resumes=True) == 0
     assert "resumed after round 2" in capsys.readouterr().out
     assert_same(cut, whole)
     before, after = read_results(whole / "results.h5"), read_results(cut / "results.h5")
-    assert (after.status, after.info.created) == ("finished", after.info.created)
+    assert (after.status, after.info.created) == ("finished", interrupted.info.created)
+    assert [event.text for event in after.events] == ["resumed after round 2"]
     assert len(before.rows()) == len(after.rows())
 
 
