@@ -18,7 +18,7 @@ _LEAST_LEFT_S = 30.0
 class Interruption:
     """Whether the round in hand is to be the last of this job.
 
-    SIGUSR2 asks for it. A second one to the server (`is_server`), or SIGTERM, ends the job at once: the
+    SIGUSR2 asks for it. A second one to the server (`is_server`) ends the job at once, as SIGTERM does: the
     last checkpoint is whole at any time. Slurm's time limit asks for it too, where the job's end is less
     than two rounds and half a minute away.
 
@@ -45,7 +45,8 @@ class Interruption:
 
     def _handle(self, signal_number: int, frame: FrameType | None) -> None:
         if self.is_asked and self.is_server:
-            os._exit(EXIT_INTERRUPTED)
+            # A death by a signal is what the other processes notice, with ULFM too; an exit is not.
+            signal.raise_signal(signal.SIGTERM)
         self.is_asked = True
 
     def is_due(self) -> bool:

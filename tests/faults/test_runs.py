@@ -75,6 +75,37 @@ def test_a_stopped_worker_ends_the_job_which_is_resumed(folder, tmp_path, whole)
     assert differing(out, whole) == []
 
 
+def test_a_second_signal_ends_the_job_at_once(folder, tmp_path):
+    out = tmp_path / "run"
+    process = begin(folder, out, "training.local_steps=200")
+    wait_for_rounds(out, process)
+    server = processes_of(out)[0]
+    os.kill(server, signal.SIGUSR2)
+    time.sleep(0.5)
+    os.kill(server, signal.SIGUSR2)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "--resume" in output
+    deadline = time.monotonic() + 10
+    while processes_of(out):
+        assert time.monotonic() < deadline, "workers must end within 10 s of their server"
+        time.sleep(0.1)
+    assert list((out / "checkpoints").iterdir())
+
+
+def test_the_policy_may_leave_clients_out_of_a_round(folder, tmp_path):
+    out = tmp_path / "run"
+    process = begin(folder, out, 'faults.policy="continue"')
+    wait_for_rounds(out, process)
+    os.kill(processes_of(out)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=110)
+    assert process.returncode == 0, output
+    results = read_results(out / "results.h5")
+    absent = (results.clients["outcome"] == "absent").any(axis=1)
+    assert absent.sum() == 1  # from the next round on, others train them
+    assert any("begins again with 2 workers" in event.text for event in results.events)
+
+
 def test_the_policy_may_end_the_run(folder, tmp_path):
     out = tmp_path / "run"
     process = begin(folder, out, 'faults.policy="abort"')
