@@ -33,6 +33,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from mpifedlora.errors import ConfigError
+from mpifedlora.io.figures import COLORS as COLORS
+from mpifedlora.io.figures import write_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -41,21 +45,6 @@ ROOT = Path(__file__).parents[1]
 
 # What the JSON of a benchmark must have.
 KEYS = ("name", "environment", "ratios", "bounds", "samples")
-
-# Okabe and Ito: told apart by every common form of colour vision; its yellow is too pale for lines.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.dpi": 150,
-    "font.size": 12,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-    "lines.markersize": 7,
-}
-_MARKERS = "osD^vPX"
 
 
 def options(function: Callable[..., int]) -> click.Command:
@@ -283,15 +272,6 @@ def draw(path: Path, figure: Callable[[Figure], object], size: tuple[float, floa
         size: width and height, inches.
     """
     try:
-        import matplotlib
-        from cycler import cycler
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figure: matplotlib is missing; pip install 'mpifedlora[bench]'", file=sys.stderr)
-        return
-    # Colour is never the only difference: each line has a marker of its own as well.
-    cycle = cycler(color=COLORS) + cycler(marker=list(_MARKERS))
-    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycle}):
-        canvas = Figure(figsize=size, layout="constrained")
-        figure(canvas)
-        canvas.savefig(path)
+        write_figure(path, figure, size)
+    except ConfigError as error:
+        print(f"no figure: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mpifedlora.core.units import human_bytes, human_time
 from mpifedlora.io.results_schema import Baselines, RoundRow
 
 RECENT_ROUNDS = 5
@@ -36,37 +37,6 @@ def is_terminal(stream: TextIO) -> bool:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
         return False
-
-
-def human_bytes(count: int) -> str:
-    """Write a number of bytes in decimal units.
-
-    >>> human_bytes(999), human_bytes(4_123_456), human_bytes(999_950)
-    ('999 B', '4.1 MB', '1.0 MB')
-    """
-    if count < 1000:
-        return f"{count} B"
-    value = float(count)
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        if value < 999.95:
-            return f"{value:.1f} {unit}"
-    return f"{value / 1000:.1f} PB"
-
-
-def human_time(seconds: float) -> str:
-    """Write a duration in its two largest units; `?` where it is not known.
-
-    >>> human_time(7.4), human_time(80), human_time(7500), human_time(270_000), human_time(math.nan)
-    ('7s', '1m20s', '2h05m', '3d03h', '?')
-    """
-    if not math.isfinite(seconds):
-        return "?"
-    whole = max(0, round(seconds))
-    for large, small, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if whole >= large:
-            return f"{whole // large}{names[0]}{whole % large // small:02d}{names[1]}"
-    return f"{whole}s"
 
 
 def format_row(row: RoundRow, num_rounds: int, left_s: float) -> str:

@@ -121,7 +121,7 @@ def test_without_matplotlib_there_is_no_figure_but_a_word(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     common.draw(tmp_path / "x.png", lambda figure: None)
     assert list(tmp_path.iterdir()) == []
-    assert "pip install 'mpifedlora[bench]'" in capsys.readouterr().err
+    assert "pip install 'mpifedlora[plot]'" in capsys.readouterr().err
 
 
 def test_lines_differ_in_more_than_colour(tmp_path):

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from mpifedlora.core.units import human_bytes, human_time
 from mpifedlora.io.results_schema import Baselines, RoundRow
-from mpifedlora.runtime.progress import Progress, format_row, human_bytes, human_time, is_terminal, summarise
+from mpifedlora.runtime.progress import Progress, format_row, is_terminal, summarise
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 FILES = {"results": "runs/demo/results.h5", "adapter": "runs/demo/adapter"}
