@@ -1,12 +1,15 @@
-"""What a model folder tells without loading the model: whether it is whole, and its layers' names."""
+"""What a model folder tells without loading the model: whether it is whole, its layers' names and sizes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpifedlora.core.memory_estimate import Matrix, ModelSizes
 from mpifedlora.core.names import describe_no_match
 from mpifedlora.errors import AdapterError
 
@@ -55,14 +58,91 @@ def check_targets(name: str, target_modules: str | Sequence[str]) -> None:
 
 def _layer_names(folder: Path) -> set[str]:
     """Return the names of all layers with a matrix, from the headers of *.safetensors."""
-    names: set[str] = set()
-    for file in folder.glob("*.safetensors") if folder.is_dir() else ():
-        names |= {
-            key.removesuffix(".weight")
-            for key, entry in _header(file).items()
-            if key.endswith(".weight") and len(entry["shape"]) == 2 and "embed" not in key
-        }
-    return names
+    return set(_linears(_tensors(folder)))
+
+
+def _linears(tensors: Mapping[str, Sequence[int]]) -> dict[str, Matrix]:
+    return {
+        key.removesuffix(".weight"): Matrix(*shape)
+        for key, shape in tensors.items()
+        if key.endswith(".weight") and len(shape) == 2 and "embed" not in key
+    }
+
+
+def _tensors(folder: Path) -> dict[str, Sequence[int]]:
+    """Return the shapes of all tensors, from the headers of *.safetensors."""
+    shapes: dict[str, Sequence[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        named = _header(file).items()
+        shapes |= {key: entry["shape"] for key, entry in named if key != "__metadata__"}
+    return shapes
+
+
+def read_model_sizes(name: str, target_modules: str | Sequence[str]) -> ModelSizes | None:
+    """Return the sizes that a model's memory depends on, from config.json and the weight files' headers.
+
+    Where there are only other weight files, the layers follow from config.json.
+
+    Args:
+        name: folder of a model.
+        target_modules: see `[lora]`; names that match nothing count as all of them.
+
+    Returns:
+        None where there is no folder, as for hub names, or its config.json does not tell.
+    """
+    try:
+        given = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        config = {key: value for key, value in given.items() if value is not None}
+        tensors = _tensors(Path(name)) or _tensors_of(config)
+        linears = {key: shape for key, shape in _linears(tensors).items() if not _OUTSIDE.search(key)}
+        return ModelSizes(
+            base_values=sum(map(math.prod, tensors.values())),
+            linears=tuple(linears.values()),
+            adapted=tuple(_targeted(linears, target_modules)),
+            num_layers=_first(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers"),
+            hidden_size=_first(config, *_HIDDEN),
+            num_heads=_first(config, "num_attention_heads", "n_heads", "n_head", "num_heads"),
+            max_tokens=config.get("max_position_embeddings", config.get("n_positions")),
+        )
+    # Without a configuration, or with one of another kind, nothing is known.
+    except (OSError, ValueError, TypeError, AttributeError, StopIteration):
+        return None
+
+
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+# Embeddings by other names, and heads of the model's former task, which are replaced.
+_OUTSIDE = re.compile(r"(^|\.)(wte|wpe|shared|lm_head|score|classifier|pre_classifier|pooler|cls)(\.|$)")
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int:
+    return int(next(config[name] for name in names if name in config))
+
+
+def _targeted(linears: Mapping[str, Matrix], targets: str | Sequence[str]) -> list[Matrix]:
+    if targets == "all-linear":
+        return list(linears.values())
+    if isinstance(targets, str):
+        found = [shape for name, shape in linears.items() if re.search(targets, name)]
+    else:
+        endings = tuple(f".{target}" for target in targets)
+        found = [shape for name, shape in linears.items() if f".{name}".endswith(endings)]
+    return found or list(linears.values())
+
+
+def _tensors_of(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Return the shapes of a transformer's matrices: four of attention, two or three of the MLP a layer."""
+    hidden = _first(config, *_HIDDEN)
+    inner = _first({**config, "": 4 * hidden}, "intermediate_size", "hidden_dim", "d_ff", "n_inner", "")
+    is_gated = config.get("hidden_act") in ("silu", "gelu_pytorch_tanh")
+    mlp = [(inner, hidden), (hidden, inner), *[(inner, hidden)] * is_gated]
+    num_layers = _first(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    per_layer = [*[(hidden, hidden)] * 4, *mlp]
+    layers = {
+        f"layer.{layer}.{index}.weight": shape
+        for layer in range(num_layers)
+        for index, shape in enumerate(per_layer)
+    }
+    return {"embeddings.weight": (int(config.get("vocab_size", 0)), hidden), **layers}
 
 
 def _header(file: Path) -> dict[str, Any]:
