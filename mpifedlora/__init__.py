@@ -1,12 +1,45 @@
-"""Federated LoRA fine-tuning as one MPI job."""
+"""Federated LoRA fine-tuning as one MPI job.
 
-from typing import Any
+The names below are the public ones; docs/api.md describes them.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpifedlora.core.config import RunConfig
+    from mpifedlora.errors import MpiFedLoraError
+    from mpifedlora.io.results import Results, read_results
+    from mpifedlora.io.results_schema import RoundRow
+    from mpifedlora.runtime.api import Federation
+    from mpifedlora.runtime.callbacks import Callback, Run
+    from mpifedlora.runtime.loading import load_base_model
 
 __version__ = "0.1.0"
 
-_HOMES = {"load_base_model": "mpifedlora.runtime.loading"}
+_HOMES = {
+    "Callback": "mpifedlora.runtime.callbacks",
+    "Federation": "mpifedlora.runtime.api",
+    "MpiFedLoraError": "mpifedlora.errors",
+    "Results": "mpifedlora.io.results",
+    "RoundRow": "mpifedlora.io.results_schema",
+    "Run": "mpifedlora.runtime.callbacks",
+    "RunConfig": "mpifedlora.core.config",
+    "load_base_model": "mpifedlora.runtime.loading",
+    "read_results": "mpifedlora.io.results",
+}
 
-__all__ = ["__version__", "load_base_model"]
+__all__ = [
+    "Callback",
+    "Federation",
+    "MpiFedLoraError",
+    "Results",
+    "RoundRow",
+    "Run",
+    "RunConfig",
+    "__version__",
+    "load_base_model",
+    "read_results",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,3 +49,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -76,6 +76,12 @@ def prepare_output_folder(out: Path, run_file_text: str, *, resumes: bool = Fals
         ) from error
 
 
+def left_behind(out: Path) -> dict[str, str]:
+    """Return what a run has left in its folder for its user: name to path, in the order to show."""
+    names = (RESULTS_FILE, ADAPTER_FOLDER, CLIENT_ADAPTERS_FOLDER, BASE_FOLDER, RUN_FILE)
+    return {name: free_name(out / name) for name in names if (out / name).exists()}
+
+
 class FolderLock:
     """Keeps a second run out of a folder until it is released, or this process ends.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,46 @@ def parse_override(text: str) -> Override:
     except UnicodeEncodeError:
         raise ConfigError(f"--set must be UTF-8 text, got {shown}; check the terminal's encoding") from None
     return Override(match[1], match[2], _parse_value(value.strip(), shown), f"--set {shown}")
+
+
+def make_override(dotted_key: str, value: Any) -> Override:
+    """Return the override that a script gives as a key and a value.
+
+    Args:
+        dotted_key: `section.key`.
+        value: what the run file would hold; paths and tuples are taken as texts and lists.
+
+    Raises:
+        ConfigError: No such form.
+
+    >>> make_override("lora.target_modules", ("query", "value")).value
+    ['query', 'value']
+    """
+    match = _DOTTED_KEY.fullmatch(dotted_key)
+    if match is None:
+        example = 'for example {"training.local_steps": 4}'
+        raise ConfigError(
+            f"an override's key must be section.key, got {shorten(repr(dotted_key))}; {example}"
+        )
+    return Override(match[1], match[2], _plain(value), f"override {shorten(f'{dotted_key}={value!r}')}")
+
+
+def plain_table(table: Any) -> Any:
+    """Return a table as TOML would hold it: paths as texts, tuples as lists, without the keys set to None.
+
+    >>> from pathlib import Path
+    >>> plain_table({"name": Path("model"), "dropout": None})
+    {'name': 'model'}
+    """
+    if not isinstance(table, Mapping):
+        return table
+    return {key: _plain(value) for key, value in table.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _parse_value(value: str, shown: str) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from mpifedlora.core.schedule import Stage
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.atomic import refusal, remove_stale_temporaries, replace_file
+from mpifedlora.io.output_folder import RESULTS_FILE
 from mpifedlora.io.results_schema import (
     COLUMNS,
     FORMAT_VERSION,
@@ -96,6 +97,21 @@ class ResultsWriter:
         """Set what the bytes sent so far are to be compared with."""
         self._baselines = baselines
 
+    def results(self) -> Results:
+        """Return all that was added and set so far, as `read_results` would read it."""
+        groups: dict[str, dict[str, Array]] = {"rounds": {}, "clients": {}}
+        for column in COLUMNS:
+            group, name = column.path.split("/")
+            groups[group][name] = _decoded(column.stack(self._rows, self._info))
+        return Results(
+            info=self._info,
+            status=self._status,
+            rounds=groups["rounds"],
+            clients=groups["clients"],
+            baselines=self._baselines,
+            events=list(self._events),
+        )
+
     def write(self) -> None:
         """Put a new file in place that holds all that was added and set so far.
 
@@ -164,11 +180,12 @@ def read_results(path: StrPath) -> Results:
     """Read a results file, of a run that has ended or is still writing.
 
     Args:
-        path: the file.
+        path: the file, or the run's folder.
 
     Raises:
         CheckpointError: if the file is missing, cut short, not a results file, or of a newer format.
     """
+    path = os.path.join(path, RESULTS_FILE) if os.path.isdir(path) else path
     try:
         with h5py.File(path, "r") as file:
             return _read(file)
@@ -245,7 +262,7 @@ def _read(file: h5py.File) -> Results:
         group, name = column.path.split("/")
         values = file[column.path][()]
         check_shape(column.path, values, (count, *column.shape(info)))
-        groups[group][name] = values.astype("U") if column.dtype.startswith("S") else values
+        groups[group][name] = _decoded(values)
     return Results(
         info=info,
         status=file.attrs["status"],
@@ -254,6 +271,10 @@ def _read(file: h5py.File) -> Results:
         baselines=_read_baselines(file),
         events=_read_events(file),
     )
+
+
+def _decoded(values: Array) -> Array:
+    return values.astype("U") if values.dtype.kind == "S" else values
 
 
 def _check_format(file: h5py.File) -> None:

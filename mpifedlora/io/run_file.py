@@ -14,7 +14,7 @@ import re
 import stat
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mpifedlora.core.sections import Section
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.config_errors import Origin, explain, locate, shorten
 from mpifedlora.io.data_fetch import PACKAGED
-from mpifedlora.io.overrides import Override, apply_overrides, parse_override
+from mpifedlora.io.overrides import Override, apply_overrides, make_override, parse_override, plain_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,10 +66,38 @@ def read_run_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: The file, an override, a key or a value is wrong; one line per error, at most 10.
     """
-    file = Path(path)
+    return _resolve(Path(path), [parse_override(text) for text in overrides])
+
+
+def resolve_run(
+    run: str | os.PathLike[str] | Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Any]
+) -> ResolvedRun:
+    """Check a run as a script gives it: a run file or its tables, with overrides by dotted key.
+
+    Args:
+        run: Path of a run file, or what one holds.
+        overrides: `section.key` to value.
+
+    Returns:
+        See `read_run_file`.
+
+    Raises:
+        ConfigError: See `read_run_file`.
+
+    >>> tables = {"model": {"name": "minilm"}, "data": {"source": "reuters-r8"}}
+    >>> resolve_run(tables, {"lora.rank_max": 8}).config.lora.rank_max
+    8
+    """
+    changes = [make_override(key, value) for key, value in overrides.items()]
+    if not isinstance(run, Mapping):
+        return _resolve(Path(run), changes)
+    tables = {name: plain_table(table) for name, table in run.items()}
+    return _check(apply_overrides(tables, changes), _trace("the run's tables", tables, changes))
+
+
+def _resolve(file: Path, changes: Sequence[Override]) -> ResolvedRun:
     tables = _parse(_read_text(file), file)
-    changes = [parse_override(text) for text in overrides]
-    origin = _trace(file, tables, changes)
+    origin = _trace(_name(file), tables, changes)
     return _check(_resolve_paths(apply_overrides(tables, changes), file.parent), origin)
 
 
@@ -201,9 +229,9 @@ def _explain_syntax(message: str, text: str, file: Path) -> str:
     return f"{fact}; texts need double quotes, lists square brackets, and no key may stand twice"
 
 
-def _trace(file: Path, tables: Tables, changes: Sequence[Override]) -> Origin:
+def _trace(name: str, tables: Tables, changes: Sequence[Override]) -> Origin:
     new_tables = {change.section: change.text for change in changes if change.section not in tables}
-    return Origin(_name(file), new_tables | {change.dotted: change.text for change in changes})
+    return Origin(name, new_tables | {change.dotted: change.text for change in changes})
 
 
 def _resolve_paths(tables: Tables, folder: Path) -> Tables:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -29,9 +29,7 @@ from mpifedlora.io.output_folder import (
     CHECKPOINTS_FOLDER,
     CLIENT_ADAPTERS_FOLDER,
     RESULTS_FILE,
-    RUN_FILE,
     FolderLock,
-    free_name,
     prepare_output_folder,
 )
 from mpifedlora.io.process import available_bytes, seconds_since_start
@@ -39,11 +37,12 @@ from mpifedlora.io.results import ResultsWriter
 from mpifedlora.io.results_schema import Event, RoundRow, RunInfo
 from mpifedlora.io.run_file import ResolvedRun, write_run_file
 from mpifedlora.runtime.announcement import first_lines
+from mpifedlora.runtime.callbacks import Callback, Callbacks, Outcome, Run
 from mpifedlora.runtime.checkpointing import Checkpointer, Resumption, snapshot
 from mpifedlora.runtime.gpu_buffers import used_gpu_buffers
 from mpifedlora.runtime.interruption import EXIT_INTERRUPTED, Interruption
 from mpifedlora.runtime.method import build_switches, choose_collect, expected_cohort, has_private_noise
-from mpifedlora.runtime.progress import Progress, summarise
+from mpifedlora.runtime.progress import Progress
 from mpifedlora.runtime.resuming import Resumable
 from mpifedlora.runtime.server import Server
 from mpifedlora.runtime.setup import Replica
@@ -59,12 +58,16 @@ class Start:
     Args:
         lock: of its folder.
         interruption: what may end it early.
+        callbacks: told of the run.
+        shows_progress: whether the terminal is one of them.
         resumable: results that it goes on from.
         resumption: state that it goes on from.
     """
 
     lock: FolderLock
     interruption: Interruption
+    callbacks: Sequence[Callback] = ()
+    shows_progress: bool = True
     resumable: Resumable | None = None
     resumption: Resumption | None = None
 
@@ -77,7 +80,7 @@ def conduct(
     library: str,
     statuses: Sequence[Status],
     start: Start,
-) -> int:
+) -> Outcome:
     """Run all rounds, write results while they come in, and the adapter at the end.
 
     A disk that refuses does not end the run: each failed write is told and tried again with the
@@ -90,13 +93,14 @@ def conduct(
         transport: to the workers.
         library: name and version of what carries the messages.
         statuses: of all processes, the server's first.
-        start: what the run goes on from, and what may end it early.
+        start: what the run goes on from, who is told of it, and what may end it early.
 
     Returns:
-        Exit code: 0, 1 if something could not be saved, or 85 where the run ended early.
+        Exit code (0, 1 if something could not be saved, or 85 where the run ended early) and results.
     """
-    started = time.perf_counter()
     config = resolved.config
+    progress = [Progress(config.federation.num_rounds)] if start.shows_progress else []
+    callbacks = Callbacks([*progress, *start.callbacks])
     prepare_output_folder(out, write_run_file(config), resumes=start.resumable is not None)
     start.lock.take()
     reduces = choose_collect(config, replica.model.shapes, available_bytes()) == "reduce"
@@ -113,46 +117,36 @@ def conduct(
     writer = ResultsWriter(out / RESULTS_FILE, info, rows, events)
     if rows:
         writer.note(f"resumed after round {rows[-1].round_num}")
-    with Progress(config.federation.num_rounds) as progress:
-        warn = partial(_tell, progress, writer)
-        server = _server(config, coordinator, replica, transport, progress, start, warn)
-        if start.resumption is not None:
-            start.resumption.restore(server)
-            writer.set_baselines(server.baselines())
-        num_parameters = replica.model.shapes.full().num_values
-        progress.start([*first_lines(resolved, info, num_parameters, out), *_resumed(rows)])
-        saver = _Saver(progress)
+    server = _server(config, coordinator, replica, transport, callbacks, start, writer)
+    if start.resumption is not None:
+        start.resumption.restore(server)
+        writer.set_baselines(server.baselines())
+    lines = (*first_lines(resolved, info, model.shapes.full().num_values, out), *_resumed(rows))
+    run = Run(out, config, info, writer.rows, lines, start.interruption.ask)
+    saver = _Saver(callbacks)
+    checkpointer = _checkpointer(out, config, replica, coordinator)
+    try:
+        callbacks.on_start(run)
         saver.attempt(writer.write)
-        checkpointer = _checkpointer(out, config, replica, coordinator)
-        try:
-            _run_rounds(server, writer, saver, progress, checkpointer, config)
-        except BaseException:
-            writer.set_status("failed")
-            saver.attempt(writer.write)
-            saver.attempt(checkpointer.settle)
-            raise
-        is_saved = saver.attempt(checkpointer.settle)
-        is_whole = len(writer.rows) == config.federation.num_rounds
-        writer.set_status("finished" if is_whole else "interrupted")
-        if is_whole:
-            is_saved = saver.attempt(lambda: _export(out, config, replica, server.coordinator)) and is_saved
-        is_saved = saver.attempt(writer.write) and is_saved
-        files = {name: free_name(out / name) for name in _left_behind(out)}
-        wall_s = time.perf_counter() - started
-        progress.finish(summarise(writer.rows, baselines=server.baselines(), wall_s=wall_s, files=files))
-        if not is_whole:
-            progress.warn(
-                f"interrupted after round {len(writer.rows)} of {config.federation.num_rounds}; go on with: "
-                f"mpifedlora run --resume --out {free_name(out)}"
-            )
+        _run_rounds(server, writer, saver, callbacks, checkpointer, config)
+    except BaseException:
+        writer.set_status("failed")
+        saver.attempt(writer.write)
+        saver.attempt(checkpointer.settle)
+        with suppress(Exception):  # what has ended the run is told
+            callbacks.on_end(writer.results())
+        raise
+    is_saved = saver.attempt(checkpointer.settle)
+    is_whole = len(writer.rows) == config.federation.num_rounds
+    writer.set_status("finished" if is_whole else "interrupted")
+    if is_whole:
+        is_saved = saver.attempt(lambda: _export(out, config, replica, server.coordinator)) and is_saved
+    is_saved = saver.attempt(writer.write) and is_saved
+    results = writer.results()
+    callbacks.on_end(results)
     if not is_saved:
-        return EXIT_NOT_SAVED
-    return EXIT_OK if is_whole else EXIT_INTERRUPTED
-
-
-def _tell(progress: Progress, writer: ResultsWriter, text: str) -> None:
-    progress.warn(text)
-    writer.note(text)
+        return Outcome(EXIT_NOT_SAVED, results)
+    return Outcome(EXIT_OK if is_whole else EXIT_INTERRUPTED, results)
 
 
 def _resumed(rows: Sequence[RoundRow]) -> list[str]:
@@ -169,8 +163,8 @@ def _checkpointer(out: Path, config: RunConfig, replica: Replica, coordinator: C
 class _Saver:
     """Writes, and tells a failure once instead of ending the run."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, callbacks: Callbacks) -> None:
+        self.callbacks = callbacks
         self.last_failure = ""
 
     def attempt(self, write: Callable[[], None]) -> bool:
@@ -179,7 +173,7 @@ class _Saver:
             write()
         except CheckpointError as error:
             if str(error) != self.last_failure:
-                self.progress.warn(str(error))
+                self.callbacks.on_warning(str(error))
             self.last_failure = str(error)
             return False
         return True
@@ -208,10 +202,14 @@ def _server(
     coordinator: Coordinator,
     replica: Replica,
     transport: ServerTransport,
-    progress: Progress,
+    callbacks: Callbacks,
     start: Start,
-    warn: Callable[[str], None],
+    writer: ResultsWriter,
 ) -> Server:
+    def warn(text: str) -> None:
+        callbacks.on_warning(text)
+        writer.note(text)
+
     return Server(
         coordinator,
         transport,
@@ -220,7 +218,7 @@ def _server(
         evaluates_on_workers=config.evaluation.on == "workers",
         epsilon=partial(_epsilon, config),
         warn=warn,
-        started=lambda plan: progress.round_started(plan.round_num, plan.stage, _mean_rank(plan)),
+        started=lambda plan: callbacks.on_round_start(plan.round_num, plan.stage, _mean_rank(plan)),
         pipeline=config.transport.pipeline,
         part_bytes=config.transport.chunk_bytes,
         reduce_dtype=config.transport.reduce_dtype,
@@ -246,7 +244,7 @@ def _run_rounds(
     server: Server,
     writer: ResultsWriter,
     saver: _Saver,
-    progress: Progress,
+    callbacks: Callbacks,
     checkpointer: Checkpointer,
     config: RunConfig,
 ) -> None:
@@ -254,13 +252,13 @@ def _run_rounds(
     for row in server.rounds():
         writer.add(row)
         writer.set_baselines(server.baselines())
-        progress.round_finished(row)
         is_cut_short = server.is_last and row.round_num < num_rounds
         is_due = every > 0 and (row.round_num % every == 0 or row.round_num == num_rounds)
         # A checkpoint counts on its rounds' rows, so it comes after them.
         if saver.attempt(writer.write) and (is_due or is_cut_short):
             taken = snapshot(server, config)
             saver.attempt(partial(checkpointer.save, row.round_num, taken))
+        callbacks.on_round_end(row)
 
 
 def _export(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> None:
@@ -286,11 +284,6 @@ def _export_adapter(
     settings, tensors = replica.model.export(factors, head)
     settings["base_model_name_or_path"] = config.model.name
     write_adapter(folder, settings, tensors)
-
-
-def _left_behind(out: Path) -> list[str]:
-    names = (RESULTS_FILE, ADAPTER_FOLDER, CLIENT_ADAPTERS_FOLDER, BASE_FOLDER, RUN_FILE)
-    return [name for name in names if (out / name).exists()]
 
 
 def _run_info(

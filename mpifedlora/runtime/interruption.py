@@ -49,6 +49,10 @@ class Interruption:
             signal.raise_signal(signal.SIGTERM)
         self.is_asked = True
 
+    def ask(self) -> None:
+        """Ask that the round in hand be the last, as SIGUSR2 does."""
+        self.is_asked = True
+
     def is_due(self) -> bool:
         """Say whether to end after the round in hand; asked once a round."""
         now = time.time()

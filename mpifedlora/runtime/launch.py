@@ -6,6 +6,7 @@ import secrets
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,7 @@ from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, RUN_FILE, FolderLo
 from mpifedlora.io.process import end_with_launcher, tell_when_terminated
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
+from mpifedlora.runtime.callbacks import Callback, Outcome
 from mpifedlora.runtime.gpu_buffers import DIRECT_MARK, choose_gpu_buffers
 from mpifedlora.runtime.interruption import Interruption
 from mpifedlora.runtime.method import check_parts, client_keeps_state, wire_format
@@ -36,15 +38,27 @@ EXIT_FAILED_ELSEWHERE = 2
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """What the command line, or a script, asks for.
 
-    run_file: Path
-    overrides: Sequence[str]
+    Args:
+        resolve: returns the configuration, or says what is wrong with it.
+        out: folder for the results.
+        overwrite: whether an older run in `out` is replaced.
+        resumes: whether the run in `out` goes on; where it has finished no round, it starts anew.
+        lock: of `out`.
+        interruption: what may end the run early.
+        callbacks: told of the run, on the server.
+        shows_progress: whether the terminal is one of them.
+    """
+
+    resolve: Callable[[], ResolvedRun]
     out: Path
     overwrite: bool
     resumes: bool
     lock: FolderLock
     interruption: Interruption
+    callbacks: Sequence[Callback] = ()
+    shows_progress: bool = True
 
 
 def run(
@@ -74,8 +88,13 @@ def run(
         MpiFedLoraError: if the set-up failed, on the server's process.
     """
     out = Path(out).expanduser()
-    source = out / RUN_FILE if run_file is None else Path(run_file)
-    request = Request(source, overrides, out, overwrite, resumes, FolderLock(out), Interruption())
+    resolve = partial(read_run_file, out / RUN_FILE if run_file is None else run_file, overrides)
+    request = Request(resolve, out, overwrite, resumes, FolderLock(out), Interruption())
+    return federate(request, comm).exit_code
+
+
+def federate(request: Request, comm: Communicator | None = None) -> Outcome:
+    """Do this process's part of a federation; see `run`."""
     setup.collect_rarely()
     setup.quiet_libraries()
     with request.interruption:
@@ -85,7 +104,7 @@ def run(
             request.lock.release()
 
 
-def _run(request: Request, comm: Communicator | None) -> int:
+def _run(request: Request, comm: Communicator | None) -> Outcome:
     endpoint = _connect(comm)
     request.interruption.is_server = endpoint.is_server
     advice = f"resume it with `mpifedlora run --resume --out {request.out}`"
@@ -100,7 +119,7 @@ def _run(request: Request, comm: Communicator | None) -> int:
     except MpiFedLoraError:
         if endpoint.is_server:
             raise
-        return EXIT_FAILED_ELSEWHERE
+        return Outcome(EXIT_FAILED_ELSEWHERE)
     try:
         return _take_part(request, resolved, resumable, replica, statuses, endpoint)
     except (RunLost, WorkerLost) as error:
@@ -146,7 +165,7 @@ def _agree(
 def _check(
     request: Request, endpoint: Endpoint
 ) -> tuple[tuple[ResolvedRun, Resumable | None], Mapping[str, str], str]:
-    resolved, resumable = read_run_file(request.run_file, request.overrides), None
+    resolved, resumable = request.resolve(), None
     if endpoint.is_server:
         check_output_folder(request.out, overwrite=request.overwrite or request.resumes)
         if request.out.is_dir():
@@ -198,7 +217,7 @@ def _take_part(
     replica: Replica,
     statuses: list[Status],
     endpoint: Endpoint,
-) -> int:
+) -> Outcome:
     from mpifedlora.runtime.federation import Start, conduct
     from mpifedlora.runtime.worker import serve
     from mpifedlora.transport import inprocess, mpi
@@ -214,12 +233,13 @@ def _take_part(
         is_pinned=is_pinned,
     )
     resumption = _recover(request, resumable, replica, endpoint)
-    start = Start(request.lock, request.interruption, resumable, resumption)
+    told = request.callbacks, request.shows_progress
+    start = Start(request.lock, request.interruption, *told, resumable, resumption)
     if isinstance(endpoint, mpi.MpiWorker):
         is_direct = _gpu_buffers(config, str(model.device), endpoint) == "direct"
         worker = _worker(endpoint.worker_id, endpoint.num_workers, replica, config, is_direct=is_direct)
         serve(worker, endpoint)
-        return 0
+        return Outcome(0)
     if isinstance(endpoint, mpi.MpiServer):
         return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses, start)
     own, _, device = _build(request, config, endpoint)

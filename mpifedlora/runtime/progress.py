@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import rich.progress
 from rich import box
@@ -23,7 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mpifedlora.core.units import human_bytes, human_time
+from mpifedlora.io.output_folder import free_name, left_behind
 from mpifedlora.io.results_schema import Baselines, RoundRow
+from mpifedlora.runtime.callbacks import Callback, Run
+
+if TYPE_CHECKING:
+    from mpifedlora.io.results import Results
 
 RECENT_ROUNDS = 5
 _OUTPUT_FAILURES = (OSError, ValueError)  # ValueError: a closed stream
@@ -105,11 +111,10 @@ def summarise(
     )
 
 
-class Progress:
+class Progress(Callback):
     """Show a run while it goes.
 
     Output that fails (a terminal that is gone, a full disk behind a redirection) never ends a run.
-    As a context manager it closes itself.
 
     Args:
         num_rounds: rounds of the whole run.
@@ -124,14 +129,13 @@ class Progress:
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = _make_bar(self._console)
         self._task = self._bar.add_task("starting", total=num_rounds, left="")
+        self._started_s = time.perf_counter()
+        self._out = Path()
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def on_start(self, run: Run) -> None:
+        """Show what runs."""
+        self._out = run.out
+        self.start(run.announcement)
 
     def start(self, lines: Iterable[str]) -> None:
         """Show what runs, one line each, and start the live bar on a terminal."""
@@ -141,13 +145,13 @@ class Progress:
             with suppress(*_OUTPUT_FAILURES):
                 self._bar.start()
 
-    def round_started(self, round_num: int, stage: str, lora_rank_mean: float) -> None:
+    def on_round_start(self, round_num: int, stage: str, lora_rank_mean: float) -> None:
         """Show which round trains now (on a terminal only)."""
         position = _position(round_num, self._num_rounds)
         shown = _number(lora_rank_mean or math.nan, 1)
         self._bar.update(self._task, description=f"{position}  {stage}  rank {shown}")
 
-    def round_finished(self, row: RoundRow) -> None:
+    def on_round_end(self, row: RoundRow) -> None:
         """Leave one line for a finished round, and move the bar."""
         if math.isfinite(row.round_s):
             self._recent_s.append(row.round_s)
@@ -155,13 +159,22 @@ class Progress:
         self._bar.update(self._task, completed=row.round_num, left=f"left {human_time(left_s)}")
         self._say(format_row(row, self._num_rounds, left_s))
 
-    def note(self, text: str) -> None:
-        """Show a line that is good to know."""
-        self._say(text)
-
-    def warn(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         """Show a line that wants attention."""
         self._say(f"warning: {text}", style="yellow")
+
+    def on_end(self, results: Results) -> None:
+        """Show what has come out, and how to go on where the run was cut short."""
+        if results.status == "failed":
+            return self.close()
+        rows, num_rounds = results.rows(), self._num_rounds
+        wall_s = time.perf_counter() - self._started_s
+        self.finish(summarise(rows, baselines=results.baselines, wall_s=wall_s, files=left_behind(self._out)))
+        if results.status == "interrupted":
+            self.on_warning(
+                f"interrupted after round {len(rows)} of {num_rounds}; go on with: "
+                f"mpifedlora run --resume --out {free_name(self._out)}"
+            )
 
     def finish(self, summary: Summary) -> None:
         """End the live bar and show the final table."""

@@ -74,14 +74,14 @@ def shown(console: Console) -> str:
 
 
 def show_run(console: Console, num_rounds: int = 20) -> str:
-    with Progress(num_rounds, console) as progress:
-        progress.start(["sa-fedlora [lora] on minilm"])
-        for round_num in (1, 2, 3):
-            progress.round_started(round_num, "annealing", 14.2)
-            progress.round_finished(make_row(round_num))
-        progress.warn("disk full")
-        rows = [make_row(n, eval_accuracy=a) for n, a in ((1, 0.1), (2, 0.7), (3, 0.6))]
-        progress.finish(summarise(rows, baselines=BASELINES, wall_s=80, files=FILES))
+    progress = Progress(num_rounds, console)
+    progress.start(["sa-fedlora [lora] on minilm"])
+    for round_num in (1, 2, 3):
+        progress.on_round_start(round_num, "annealing", 14.2)
+        progress.on_round_end(make_row(round_num))
+    progress.on_warning("disk full")
+    rows = [make_row(n, eval_accuracy=a) for n, a in ((1, 0.1), (2, 0.7), (3, 0.6))]
+    progress.finish(summarise(rows, baselines=BASELINES, wall_s=80, files=FILES))
     return shown(console)
 
 
@@ -184,7 +184,7 @@ class TestPlain:
 
     def test_lines_are_longer_than_the_console_is_wide(self) -> None:
         console = Console(file=io.StringIO(), force_terminal=False, width=20)
-        Progress(20, console).round_finished(make_row(3))
+        Progress(20, console).on_round_end(make_row(3))
         assert len(shown(console).splitlines()) == 1
 
     def test_force_color_makes_no_live_bar(
@@ -193,7 +193,7 @@ class TestPlain:
         monkeypatch.setenv("FORCE_COLOR", "1")
         progress = Progress(20)
         progress.start([])
-        progress.round_finished(make_row(3))
+        progress.on_round_end(make_row(3))
         assert capsys.readouterr().out.startswith("round  3/20")
 
     def test_output_that_fails_ends_nothing(self) -> None:
@@ -204,13 +204,13 @@ class TestPlain:
         closed = io.StringIO()
         closed.close()
         for file in (Gone(), closed):
-            Progress(20, Console(file=file, force_terminal=False)).note("hello")
+            Progress(20, Console(file=file, force_terminal=False)).on_warning("hello")
 
     def test_an_encoding_without_the_letters(self) -> None:
         raw = io.BytesIO()
         console = Console(file=io.TextIOWrapper(raw, encoding="latin-1"), force_terminal=False)
-        Progress(20, console).note("Вибори é")
-        assert raw.getvalue() == "?????? é\n".encode("latin-1")
+        Progress(20, console).on_warning("Вибори é")
+        assert raw.getvalue() == "warning: ?????? é\n".encode("latin-1")
 
 
 class TestTerminal:
@@ -225,8 +225,8 @@ class TestTerminal:
     def test_the_bar_says_what_runs_now(self) -> None:
         progress = Progress(20, console := terminal())
         progress.start([])
-        progress.round_finished(make_row(3))
-        progress.round_started(4, "annealing", 13.8)
+        progress.on_round_end(make_row(3))
+        progress.on_round_start(4, "annealing", 13.8)
         progress._bar.refresh()
         progress.close()
         progress.close()
@@ -256,7 +256,7 @@ class TestTimeLeft:
     def left(self, num_rounds: int, *rounds: tuple[int, float]) -> str:
         progress = Progress(num_rounds, console := plain())
         for round_num, round_s in rounds:
-            progress.round_finished(make_row(round_num, round_s=round_s))
+            progress.on_round_end(make_row(round_num, round_s=round_s))
         return shown(console).splitlines()[-1].split("left ")[1]
 
     def test_rounds_to_come_are_like_the_last_ones(self) -> None:
