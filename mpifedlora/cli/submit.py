@@ -26,6 +26,14 @@ import click
 )
 @click.option("--time", "time_limit", required=True, metavar="LIMIT", help="Minutes, H:MM:SS or D-HH:MM:SS.")
 @click.option(
+    "--mem", "memory", metavar="SIZE", help="Memory of each node, such as 64G; checked against the run."
+)
+@click.option(
+    "--gpu-memory",
+    metavar="SIZE",
+    help="Memory that each GPU has, such as 40G: the run is checked against it.",
+)
+@click.option(
     "--out",
     metavar="DIR",
     type=click.Path(path_type=Path),
@@ -59,6 +67,8 @@ def command(
     clients_per_gpu: int | None,
     workers_per_node: int | None,
     time_limit: str,
+    memory: str | None,
+    gpu_memory: str | None,
     out: Path | None,
     overrides: tuple[str, ...],
     array: Path | None,
@@ -68,7 +78,8 @@ def command(
 ) -> None:
     """Submit the run that RUN_FILE describes as a Slurm job.
 
-    The job has one process for the server and one for each worker. Before its time limit, when it is
+    The job has one process for the server and one for each worker. What they need of memory is estimated from
+    the run file and the model's folder, and shown on standard error. Before its time limit, when it is
     preempted or loses a node, it goes back to the queue and continues where it was. slurm/README.md tells
     more.
     """
@@ -88,8 +99,11 @@ def command(
         sweep=() if array is None else slurm_submit.read_sweep(array),
         extra=extra,
         launcher=launcher,
+        memory=memory,
+        gpu_memory=gpu_memory,
     )
-    slurm_submit.check(job)
+    for line in slurm_submit.check(job):
+        click.echo(line, err=True)
     script = slurm_script.job_script(job)
     if dry_run:
         click.echo(script, nl=False)

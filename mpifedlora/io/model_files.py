@@ -12,8 +12,18 @@ from typing import Any
 from mpifedlora.core.memory_estimate import Matrix, ModelSizes
 from mpifedlora.core.names import describe_no_match
 from mpifedlora.errors import AdapterError
+from mpifedlora.io.data_fetch import minilm_folder
 
+_HUB_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def model_path(name: str) -> str:
+    """Return the folder or hub name of a model; `minilm` is the packaged one, or else the hub's."""
+    if name != "minilm":
+        return name
+    folder = minilm_folder()
+    return str(folder) if folder else _HUB_MINILM
 
 
 def check_model_folder(name: str) -> None:

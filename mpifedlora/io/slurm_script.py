@@ -49,8 +49,13 @@ while [ -n "$signalled" ]; do
     wait "$process" || status=$?
 done
 
-# 85: the run stopped for the signal, with a checkpoint; 75: a process was lost. Others would only repeat.
-if [ "$status" -eq 85 ] || [ "$status" -eq 75 ]; then
+# 85: the run stopped for the signal, with a checkpoint. 75: a process was lost, which may happen each time.
+# Others would only repeat.
+restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-20}
+if [ "$status" -eq 75 ] && [ "$restarts" -ge "$most" ]; then
+    echo "== job $SLURM_JOB_ID lost a process after $restarts restarts, and ends: see why, and submit it" \\
+        "again into $out" >&2
+elif [ "$status" -eq 85 ] || [ "$status" -eq 75 ]; then
     echo "== job $SLURM_JOB_ID goes back to the queue, to continue"
     scontrol requeue "$SLURM_JOB_ID" || echo "== it cannot: to continue, submit it again into $out" >&2
 fi
@@ -63,7 +68,11 @@ GRACE_S = 120
 # What the number of processes or the printed places follow from.
 _OWN_OPTIONS = (
     *("-a", "--array", "-J", "--job-name", "-N", "--nodes", "-n", "--ntasks", "--ntasks-per-node"),
-    *("--gpus-per-node", "-o", "--output", "-t", "--time"),
+    *("--gpus-per-node", "--gpus-per-task", "-o", "--output", "-t", "--time"),
+)
+# GPUs by other options: of each node, or of all nodes together; their kind may stand before the number.
+_GPUS = re.compile(
+    r"(--gres[=\s](.*,)?gpu|(?P<all>--gpus[=\s]|-G\s?))(:?[A-Za-z]\w*)?(:?(?P<number>\d+))?(,|$)"
 )
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 
@@ -86,6 +95,8 @@ class Job:
         sweep: settings of each task of a job array, on top of `settings`; none: no array.
         extra: more options of sbatch, which win over the script's own.
         launcher: what starts the processes.
+        memory: of each node, as Slurm's `--mem` takes it; None: what the cluster gives.
+        gpu_memory: that each GPU has, written in the same way; None: not known.
     """
 
     name: str
@@ -101,6 +112,8 @@ class Job:
     sweep: tuple[tuple[str, ...], ...] = ()
     extra: tuple[str, ...] = ()
     launcher: str = "mpirun"
+    memory: str | None = None
+    gpu_memory: str | None = None
 
     @property
     def num_workers(self) -> int:
@@ -173,8 +186,27 @@ def check_job(job: Job, config: RunConfig) -> None:
             f"--time must be minutes, H:MM:SS or D-HH:MM:SS, got {job.time_limit!r}; "
             "for example --time 4:00:00"
         )
+    if job.gpu_memory is not None and not job.gpus_per_node:
+        raise ConfigError(
+            f"--gpu-memory needs --gpus-per-node of at least 1, got {job.gpu_memory} and no GPUs; "
+            "leave one out, or ask for GPUs"
+        )
     for option in job.extra:
         _check_option(option)
+        _check_gpus(option, job)
+
+
+def _check_gpus(option: str, job: Job) -> None:
+    """Check that an option of a site's own asks for the GPUs that the workers were counted by."""
+    match = _GPUS.match(option)
+    if match is None:
+        return
+    wanted = job.gpus_per_node * (job.num_nodes if match["all"] else 1)
+    if int(match["number"] or 1) != wanted:
+        raise ConfigError(
+            f"--sbatch must ask for the GPUs that the workers are counted by, got {option} and "
+            f"--gpus-per-node={job.gpus_per_node}; make them the same, else GPUs are left idle or missing"
+        )
 
 
 def _clients_of_a_round(config: RunConfig) -> int:
@@ -219,6 +251,7 @@ def _options(job: Job) -> list[str]:
         f"--ntasks-per-node={job.workers_per_node + 1}",  # the server is one of the first node's
         *gpus,
         f"--time={job.time_limit}",
+        *([f"--mem={job.memory}"] if job.memory else []),
         *array,
         # %j of a task of an array is a number of its own: name it by its array.
         f"--output={job.log_name('%A' if job.sweep else '%j')}",

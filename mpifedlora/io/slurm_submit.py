@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.run_file import read_run_file
+from mpifedlora.io.slurm_memory import check_memory
 from mpifedlora.io.slurm_script import Job, check_job
 
 _JOB_ID = re.compile(r"(\d+)(;.*)?")
@@ -68,19 +69,26 @@ def _words(line: str, number: int, path: Path) -> tuple[str, ...]:
         ) from None
 
 
-def check(job: Job) -> None:
+def check(job: Job) -> list[str]:
     """Check a job against its run file, with the settings of each task.
+
+    Returns:
+        Lines to show: see `mpifedlora.io.slurm_memory.check_memory`.
 
     Raises:
         ConfigError: if the run file, a setting or the allocation is wrong; of an array the task is named.
     """
+    lines: list[str] = []
     for task, settings in enumerate(job.sweep or ((),), start=1):
         try:
-            check_job(job, read_run_file(job.run_file, [*job.settings, *settings]).config)
+            config = read_run_file(job.run_file, [*job.settings, *settings]).config
+            check_job(job, config)
+            lines += check_memory(job, config)
         except ConfigError as error:
             if not job.sweep:
                 raise
             raise ConfigError(f"task {task} of the array ({' '.join(settings)}): {error}") from None
+    return list(dict.fromkeys(lines))
 
 
 def describe(job: Job, job_id: str) -> str:

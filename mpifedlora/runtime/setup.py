@@ -21,9 +21,8 @@ from mpifedlora.core.config import RunConfig
 from mpifedlora.core.partition import label_table, partition, share_alike
 from mpifedlora.core.seeding import numpy_generator, torch_seed
 from mpifedlora.errors import ConfigError
-from mpifedlora.io.data_fetch import minilm_folder
 from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
-from mpifedlora.io.model_files import check_model_folder, check_targets
+from mpifedlora.io.model_files import check_model_folder, check_targets, model_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from mpifedlora.training.local import LocalSettings
     from mpifedlora.training.models import FederatedModel
     from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
-
-_HUB_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -58,14 +55,6 @@ def check_inputs(config: RunConfig) -> None:
 
         spent_epsilon(0, 1.0, config.privacy.noise_multiplier, config.privacy.delta)
     check_targets(path, config.lora.target_modules)
-
-
-def model_path(name: str) -> str:
-    """Return the folder or hub name of a model; `minilm` is the packaged one, or else the hub's."""
-    if name != "minilm":
-        return name
-    folder = minilm_folder()
-    return str(folder) if folder else _HUB_MINILM
 
 
 @dataclass(frozen=True)

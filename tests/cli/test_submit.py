@@ -26,12 +26,12 @@ def submit(*arguments):
 
 def test_submits_what_a_dry_run_prints(folder):
     arguments = ("--nodes", "2", "--gpus-per-node", "4", "--clients-per-gpu", "2", "--time", "4:00:00")
-    printed = submit(*arguments, "--dry-run").output
+    printed = submit(*arguments, "--dry-run").stdout
     assert printed.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=posts\n#SBATCH --nodes=2\n")
     assert not (folder / "script").exists()
     result = submit(*arguments)
     assert (result.exit_code, (folder / "script").read_text()) == (0, printed)
-    assert result.output.splitlines() == [
+    assert result.stdout.splitlines() == [
         "job 41: 1 server and 16 workers on 2 nodes",
         "state    squeue --job=41",
         f"log      {folder}/posts-41.out",
@@ -43,7 +43,7 @@ def test_every_option_reaches_the_script(folder):
     (folder / "list").write_text("training.mu=0\ntraining.mu=1\n")
     options = ("--workers-per-node", "3", "--time", "90", "--out", "o", "--set", "lora.rank_max=8")
     more = ("--array", "list", "--sbatch=--mem=8G", "--sbatch", "-p gpu", "--launcher", "srun")
-    text = submit(*options, *more, "--dry-run").output
+    text = submit(*options, *more, "--dry-run").stdout
     for line in (
         "#SBATCH --nodes=1",
         "#SBATCH --ntasks-per-node=4",
@@ -71,3 +71,13 @@ def test_a_job_that_does_not_fit_is_not_submitted(folder):
 @pytest.mark.parametrize("arguments", [[], ["--time", "9", "--nodes", "0"], ["--time", "9", "--nodes", "x"]])
 def test_usage(arguments):
     assert submit(*arguments).exit_code == 2
+
+
+def test_memory_is_asked_for_and_checked(folder, tiny_model_folder):
+    model = ("--set", f"model.name={tiny_model_folder}")
+    result = submit("--workers-per-node", "2", "--time", "90", *model, "--mem", "2500M", "--dry-run")
+    assert "\n#SBATCH --mem=2500M\n" in result.stdout
+    assert result.stderr.startswith("memory   the first node 1.7G to 1.7G (server 0.6G, worker 0.6G)")
+    refused = submit("--workers-per-node", "2", "--time", "90", *model, "--mem", "1G")
+    assert "the first node must have at least 1.7G, got --mem = 1.0G" in str(refused.exception)
+    assert not (folder / "script").exists()

@@ -239,6 +239,25 @@ def test_the_signal_is_handed_on_and_the_job_requeued(stand_ins):
     assert "goes back to the queue" in output
 
 
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [("75", "19", True), ("75", "20", False), ("75", "", True), ("85", "400", True)],
+)
+def test_a_job_that_loses_a_process_at_every_start_ends(stand_ins, code, restarts, again):
+    counted = {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    found, output, log = finish(start(stand_ins, CODE=code, **counted), stand_ins)
+    assert found == int(code)
+    assert ("scontrol requeue 7" in log) == again
+    assert ("lost a process after 20 restarts, and ends" in output) != again
+
+
+def test_the_number_of_restarts_is_the_users(stand_ins):
+    settings = {"CODE": "75", "SLURM_RESTART_COUNT": "2", "MAX_RESTARTS": "2"}
+    _, output, log = finish(start(stand_ins, **settings), stand_ins)
+    assert "scontrol requeue 7" not in log
+    assert output.endswith("after 2 restarts, and ends: see why, and submit it again into /o\n")
+
+
 def test_a_site_without_requeue(stand_ins):
     code, output, _ = finish(start(stand_ins, CODE="85", NO_REQUEUE="1"), stand_ins)
     assert code == 85
