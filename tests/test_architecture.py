@@ -26,6 +26,7 @@ FLOORS = {"errors": 0, "core": 1, "transport": 2, "training": 2, "io": 2, "runti
 # the standard library is no dependency of the package.
 ALL_BUT_CLI = ("core", "transport", "training", "io", "runtime")
 HOMES = {
+    "PIL": ("io",),
     "click": ("cli",),
     "datasets": ("io",),
     "dp_accounting": ("core",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -69,3 +69,29 @@ def assign_clients(cohort: Sequence[int], load: Mapping[int, int], num_workers: 
         heapq.heappush(loads, (done + load[client_id], count + 1, worker_id))
         workers[client_id] = worker_id
     return workers
+
+
+def share_out_files(seen: Sequence[Collection[str]]) -> dict[str, int]:
+    """Give each client's file to one of the workers that see it, the one with the fewest so far.
+
+    On storage that all workers see, every worker gets an equal number; where each worker sees its own
+    site's files alone, it gets these.
+
+    Args:
+        seen: file names by worker.
+
+    Returns:
+        worker_id by file name, in the order of the names, which is that of the clients.
+
+    >>> share_out_files([["a.csv", "b.csv", "c.csv"], ["b.csv", "c.csv"]])
+    {'a.csv': 0, 'b.csv': 1, 'c.csv': 0}
+    """
+    counts = [0] * len(seen)
+    owners = {}
+    for name in sorted(set().union(*seen)):
+        worker_id = min(
+            (count, worker_id) for worker_id, count in enumerate(counts) if name in seen[worker_id]
+        )[1]
+        counts[worker_id] += 1
+        owners[name] = worker_id
+    return owners

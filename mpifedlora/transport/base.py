@@ -129,6 +129,10 @@ class Endpoint(Protocol):
     is_server: bool
     is_fault_tolerant: bool
 
+    @property
+    def trains(self) -> bool:
+        """Whether this process trains clients."""
+
     def process_names(self) -> list[str]:
         """Return what to call each process in a message, the server first."""
 
@@ -148,6 +152,9 @@ class Endpoint(Protocol):
 
     def share(self, content: bytes) -> bytes:
         """Return what the server gives, on every process; the workers' own content does not count."""
+
+    def pool(self, content: bytes) -> list[bytes]:
+        """Give bytes of any number, and get those of every process, the server's first."""
 
     def watch(self, timeout_s: float | None, resume: str) -> None:
         """End the job when a process that it cannot do without is dead or silent, and say how to resume."""

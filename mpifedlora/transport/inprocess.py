@@ -89,6 +89,7 @@ class Alone:
     """The one process of a run without MPI: server and worker at once."""
 
     is_server = True
+    trains = True
     is_fault_tolerant = False
     library = "in one process, without MPI"
 
@@ -123,6 +124,10 @@ class Alone:
     def share(self, content: bytes) -> bytes:
         """Return the content."""
         return content
+
+    def pool(self, content: bytes) -> list[bytes]:
+        """Return the content alone."""
+        return [content]
 
     def watch(self, timeout_s: float | None, resume: str) -> None:
         """Do nothing: nobody else can die."""

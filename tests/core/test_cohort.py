@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpifedlora.core.cohort import assign_clients, choose_cohort, draw_poisson_cohort
+from mpifedlora.core.cohort import assign_clients, choose_cohort, draw_poisson_cohort, share_out_files
 
 LAWS = settings(max_examples=25, deadline=None)
 SEEDS, ROUNDS = st.integers(0, 2**32 - 1), st.integers(1, 10_000)
@@ -137,3 +137,22 @@ def test_nobody_to_assign() -> None:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
 def test_the_order_of_the_cohort_does_not_matter(order: list[int]) -> None:
     assert assign_clients(order, {0: 4, 1: 4, 2: 7, 3: 1}, 2) == {2: 0, 0: 1, 1: 1, 3: 0}
+
+
+NAMES = st.sets(st.sampled_from("abcdefghij"), max_size=10)
+
+
+@LAWS
+@given(st.lists(NAMES, min_size=1, max_size=4))
+def test_every_file_goes_to_one_worker_that_sees_it(seen: list[set[str]]) -> None:
+    owners = share_out_files(seen)
+    assert list(owners) == sorted(set().union(*seen))
+    assert all(name in seen[worker_id] for name, worker_id in owners.items())
+
+
+@LAWS
+@given(NAMES, st.integers(1, 4))
+def test_files_that_all_workers_see_are_shared_out_evenly(names: set[str], num_workers: int) -> None:
+    owners = list(share_out_files([names] * num_workers).values())
+    counts = [owners.count(worker_id) for worker_id in range(num_workers)]
+    assert max(counts) - min(counts) <= 1

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpifedlora.io import token_cache
+from mpifedlora.io import array_cache
 from mpifedlora.io.token_cache import Tokens, cached_tokens
 
 TEXTS = ("one two", "", "three")
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_tokens_in_memory(cache: Path, monkeypatch: pytes
     def fail(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_cache, "replace_file", fail)
+    monkeypatch.setattr(array_cache, "replace_file", fail)
     assert_right(cached_tokens(TEXTS, "", Tokenizer()))
     assert not list(cache.iterdir())
 
@@ -172,7 +172,7 @@ def test_a_user_without_a_home_folder_has_the_tokens_in_memory(monkeypatch: pyte
     def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(token_cache, "cache_folder", fail)
+    monkeypatch.setattr(array_cache, "cache_folder", fail)
     assert_right(cached_tokens(TEXTS, "", Tokenizer()))
 
 

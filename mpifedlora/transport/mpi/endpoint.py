@@ -53,6 +53,11 @@ class Endpoint(Survivor):
 
     is_server: bool
 
+    @property
+    def trains(self) -> bool:
+        """Whether this process trains clients."""
+        return not self.is_server
+
     def __init__(self, comm: MPI.Comm, place: NodePlace) -> None:
         from mpi4py import MPI
 
@@ -101,6 +106,15 @@ class Endpoint(Survivor):
         for piece in pieces_of(buffer):
             self.comm.Bcast([piece, self._mpi.BYTE])
         return content if self.is_server else buffer.tobytes()
+
+    @survivable
+    def pool(self, content: bytes) -> list[bytes]:
+        """Allgather bytes of any number from every process, and return them, the server's first."""
+        sizes = np.zeros(self.world_size, np.int64)
+        wait(self._begun(self.comm.Iallgather(np.array([len(content)], np.int64), sizes)))
+        buffer = np.empty(int(sizes.sum()), np.uint8)
+        wait(self._begun(self.comm.Iallgatherv(np.frombuffer(content, np.uint8), [buffer, sizes.tolist()])))
+        return [part.tobytes() for part in np.split(buffer, np.cumsum(sizes)[:-1])]
 
     def watch(self, timeout_s: float | None, resume: str) -> None:
         """End the job when a process that it cannot do without is dead or silent; every process calls it.

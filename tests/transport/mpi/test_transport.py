@@ -13,7 +13,7 @@ from mpifedlora.core.wire import SummedRows, UpdateHeader, UpdateRows, WireForma
 from mpifedlora.errors import ConfigError
 from mpifedlora.transport import mpi
 from mpifedlora.transport.base import ORDER_BYTES
-from mpifedlora.transport.inprocess import InProcessTransport
+from mpifedlora.transport.inprocess import Alone, InProcessTransport
 from mpifedlora.transport.mpi import endpoint as endpoint_module
 
 SHAPES = ModelShapes(
@@ -305,3 +305,11 @@ def test_waiting_for_workers_that_train_does_not_either(opened):
         rows = rows_of(endpoint, *endpoint.receive())
         time.sleep(1.0)
         endpoint.submit(rows)
+
+
+def test_everybody_gets_what_everybody_gives(comm):
+    endpoint = mpi.connect(comm) or Alone()
+    own = bytes(range(comm.rank * 100 % 256)) * 3  # the server gives nothing
+    assert endpoint.pool(own) == [bytes(range(rank * 100 % 256)) * 3 for rank in range(comm.size)]
+    assert endpoint.pool(b"") == [b""] * comm.size
+    assert endpoint.trains == (comm.rank > 0 or comm.size == 1)
