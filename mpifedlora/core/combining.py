@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.aggregation import ModuleSum, frobenius_weights, normalise, weighted_mean
+from mpifedlora.core.cuts import averages_factors
 from mpifedlora.core.layout import AdapterLayout, Factors, ModelShapes, copy_common
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.robust import Combiner, combine_products
@@ -83,8 +84,7 @@ class Combination:
     @property
     def is_mean(self) -> bool:
         """Whether the next factors are means of the clients' factors."""
-        switches, plan = self.switches, self.plan
-        return switches.aggregator.active == "mean" or plan.scope != "adapter" or plan.keeps_b
+        return averages_factors(self.switches, self.plan)
 
     def next_values(self, used: Sequence[Contribution], weights: Sequence[float]) -> Tensor:
         """Return the state as far as it is a mean of values: the head, and the factors if `is_mean`.

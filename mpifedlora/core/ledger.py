@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from mpifedlora.core.allocation import uniform
 from mpifedlora.core.codec import num_bytes, piece_bytes
 from mpifedlora.core.layout import DENSE, AdapterLayout, ModelShapes, Parts
 from mpifedlora.core.plan import HEADER_BYTES, RoundPlan, downlink_header_bytes
@@ -120,6 +121,22 @@ def count_uplink(plan: RoundPlan, shapes: ModelShapes, dtype: str = "float32") -
     rows = [plan.shared_layout(shapes, client_id) for client_id in plan.cohort]
     headers = Traffic(0, HEADER_BYTES * len(rows))
     return headers + _total(dtype, rows * 2 if plan.has_variates else rows)
+
+
+def baseline_traffic(
+    shapes: ModelShapes, rank_max: int, cohort_sizes: Sequence[int]
+) -> tuple[Traffic, Traffic]:
+    """Return what FedAvg of the whole model, and LoRA of a fixed rank, would send in a run's rounds.
+
+    Args:
+        shapes: of the model.
+        rank_max: the fixed rank.
+        cohort_sizes: clients in each round.
+    """
+    adapter = shapes.adapter(uniform(rank_max, shapes.modules))
+    layouts = (shapes.full(), adapter)
+    full, fixed = (fixed_traffic(shapes, layout.num_values, cohort_sizes) for layout in layouts)
+    return full, fixed
 
 
 def fixed_traffic(shapes: ModelShapes, num_values: int, cohort_sizes: Sequence[int]) -> Traffic:

@@ -109,11 +109,21 @@ def svd_of_product(product: Factors) -> Svd:
         product: `b` (out, k) and `a` (k, in), or stacks of them, float32 or float64.
 
     Returns:
-        min(out, k, in) triplets from the factors, min(out, in) from the dense product.
+        min(out, k, in) triplets from the factors, min(out, in) from the dense product: `num_triplets`.
     """
     out_features, inner = product.b.shape[-2:]
     cheaper = factored_is_cheaper(out_features, product.a.shape[-1], inner)
     return _svd_factored(product) if cheaper else _svd_dense(product)
+
+
+def num_triplets(out_features: int, in_features: int, inner: int) -> int:
+    """Return how many triplets `svd_of_product` finds in the product of an inner dimension, zeros included.
+
+    >>> num_triplets(384, 384, 128), num_triplets(384, 384, 512)
+    (128, 384)
+    """
+    least = min(out_features, in_features)
+    return min(least, inner) if factored_is_cheaper(out_features, in_features, inner) else least
 
 
 def svd_of_matrix(dense: Tensor) -> Svd:

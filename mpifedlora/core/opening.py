@@ -14,7 +14,6 @@ from mpifedlora.core.layout import (
     DENSE,
     AdapterLayout,
     Factors,
-    LinearShape,
     ModelShapes,
     copy_common,
     piece_span,
@@ -146,12 +145,6 @@ class Rounding:
         layout = self.opening.plan.layout(self.shapes)
         if self.layouts.state != layout:
             copy_common(self.layouts.state, self.values.state, layout, self.opening.state)
-
-
-def frozen_form(module: LinearShape, frozen: Factors) -> int:
-    """Return the rank that frozen directions are sent with, or DENSE where the whole matrix is smaller."""
-    values = frozen.lora_rank * (module.out_features + module.in_features)
-    return DENSE if values > module.out_features * module.in_features else frozen.lora_rank
 
 
 def write_frozen(shapes: ModelShapes, opening: Opening, frozen: Sequence[Factors]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mpifedlora.core.allocation import uniform
+from mpifedlora.core.cuts import averages_factors, frozen_forms
 from mpifedlora.core.faults import set_aside
 from mpifedlora.core.layout import ModelShapes, Parts
 from mpifedlora.core.plan import ABSENT, RoundPlan
@@ -51,6 +53,47 @@ def plan_round(
         mu=switches.mu(planned),
         temperature=schedule.temperature(planned),
     )
+
+
+def plan_first(switches: Switches, shapes: ModelShapes) -> RoundPlan:
+    """Return the plan of round 1, whose message is empty."""
+    num_clients = len(switches.choose_workers(1, ()))
+    budget = switches.schedule.budget(1)
+    states = [0] * num_clients if switches.client_keeps_state else []
+    nothing = (0,) * len(shapes.modules)
+    return plan_round(switches, 1, uniform(budget, shapes.modules), nothing, states, [0] * num_clients)
+
+
+def plan_next(
+    switches: Switches,
+    present: RoundPlan,
+    shapes: ModelShapes,
+    lora_ranks: tuple[int, ...],
+    used: Sequence[int],
+    state_rounds: Sequence[int],
+    failures: Sequence[int],
+) -> RoundPlan:
+    """Return the plan of the round after one, with what its message holds.
+
+    Args:
+        switches: of the method.
+        present: plan of the round.
+        shapes: of the model.
+        lora_ranks: of the next round.
+        used: ids of the clients whose updates are used.
+        state_rounds: by client id, the round whose client state holds from now on.
+        failures: by client id, in a row from now on.
+    """
+    forms = frozen_forms(switches, present, shapes, lora_ranks, used)
+    plan = plan_round(switches, present.round_num + 1, lora_ranks, forms, state_rounds, failures)
+    if present.scope == "full" and plan.scope != "full":
+        return replace(plan, sends_base=True, sends_state=True, sends_parts="")
+    parts: Parts = "ab" if plan.scope == "full" else parts_to_send(switches, present, shapes, lora_ranks)
+    is_mapped = (
+        present.has_variates and averages_factors(switches, present) and lora_ranks != present.lora_ranks
+    )
+    mapped = present.lora_ranks if is_mapped and present.scope != "full" else ()
+    return replace(plan, sends_state=True, sends_parts=parts, mapped_ranks=mapped)
 
 
 def parts_to_send(

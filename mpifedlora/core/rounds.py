@@ -26,7 +26,6 @@ from mpifedlora.core.opening import (
     Lost,
     Opening,
     complete,
-    frozen_form,
     prepare,
     round_message,
     write_frozen,
@@ -35,7 +34,7 @@ from mpifedlora.core.opening import (
 )
 from mpifedlora.core.parts import parts_of
 from mpifedlora.core.plan import RoundPlan
-from mpifedlora.core.planning import parts_to_send, plan_round
+from mpifedlora.core.planning import plan_first, plan_next
 from mpifedlora.core.report import RoundReport, report_round
 from mpifedlora.core.screening import USED, Contribution
 from mpifedlora.core.server_optimizer import CutMap, carry_variate
@@ -69,22 +68,14 @@ class Coordinator:
         self.flat_update = FlatUpdate(switches.combiner, switches.optimizer, switches.noise)
         self.history: list[Lasting] = []  # what messages brought once, in order
         self.variate: Tensor | None = None  # mean control variate, once there is one
-        num_clients = len(switches.choose_workers(1, ()))
-        self.state_rounds = [0] * num_clients if switches.client_keeps_state else []
-        self.failures = [0] * num_clients  # in a row, by client id
-        self.next_plan = self._plan(1, uniform(self.annealer.budget, shapes.modules), self._no_ranks)
+        self.next_plan = plan_first(switches, shapes)
+        self.state_rounds = list(self.next_plan.state_rounds)
+        self.failures = [0] * len(self.next_plan.workers)  # in a row, by client id
         self.state = initial_state(self.next_plan)
         self.message = self.state[:0]
         self.wire = self.message.view(torch.uint8)  # of the message, as it is sent
         self.lost: Lost | None = None
         self.spare: Tensor | None = None  # buffer of a message that nobody reads any more
-
-    @property
-    def _no_ranks(self) -> tuple[int, ...]:
-        return (0,) * len(self.shapes.modules)
-
-    def _plan(self, round_num: int, ranks: tuple[int, ...], frozen_ranks: tuple[int, ...]) -> RoundPlan:
-        return plan_round(self.switches, round_num, ranks, frozen_ranks, self.state_rounds, self.failures)
 
     def plan(self, *, evaluates: bool = False) -> RoundPlan:
         """Return the plan of the next round; after the last round, of the final model."""
@@ -159,12 +150,11 @@ class Coordinator:
         """
         plan, switches = self.next_plan, self.switches
         budget = self.annealer.propose(plan.round_num)
-        ranks, forms = uniform(budget, self.shapes.modules), self._no_ranks
-        if plan.scope != "full" and not plan.keeps_b and switches.freezes:
-            forms = tuple(old - new for old, new in zip(plan.lora_ranks, ranks, strict=True))
+        ranks = uniform(budget, self.shapes.modules)
         admitted = admit(switches, headers)
-        failures = count_failures(self.failures, admitted.outcomes)
-        following = self._following(ranks, forms, (), self._states_after(admitted.used), failures)
+        used = [header.client_id for header in admitted.used]
+        states, failures = self._states_after(used), count_failures(self.failures, admitted.outcomes)
+        following = plan_next(switches, plan, self.shapes, ranks, used, states, failures)
         opening = self._prepare(following)
         announced = following.stopped() if stops else replace(following, evaluates=evaluates)
         parts = parts_of(plan, announced, self.shapes, switches.wire, part_bytes)
@@ -183,7 +173,7 @@ class Coordinator:
     def _remember(self, used: Sequence[UpdateHeader], outcomes: Mapping[int, str]) -> None:
         plan = self.next_plan
         self.failures = count_failures(self.failures, outcomes)
-        self.state_rounds = self._states_after(used)
+        self.state_rounds = self._states_after([header.client_id for header in used])
         if plan.has_variates:
             num_values = plan.shared_layout(self.shapes).num_values
             self.variate = torch.zeros(num_values) if self.variate is None else self.variate
@@ -191,10 +181,13 @@ class Coordinator:
                 assert isinstance(update, ClientUpdate), "variates come with whole rows"
                 self.variate.add_(update.values[num_values:], alpha=1 / self.switches.num_eligible)
 
-    def _states_after(self, used: Sequence[UpdateHeader]) -> list[int]:
-        took_part = {header.client_id for header in used}
-        present = self.next_plan.round_num
+    def _states_after(self, used: Sequence[int]) -> list[int]:
+        present, took_part = self.next_plan.round_num, set(used)
         return [present if index in took_part else before for index, before in enumerate(self.state_rounds)]
+
+    def _following(self, ranks: tuple[int, ...], used: Sequence[int] = ()) -> RoundPlan:
+        states, failures = self.state_rounds, self.failures
+        return plan_next(self.switches, self.next_plan, self.shapes, ranks, used, states, failures)
 
     def _advance(
         self,
@@ -207,9 +200,9 @@ class Coordinator:
             self._advance_full([part.values for part in used], weights)
             return []
         flat = combination.next_values(used, weights)
-        present = self.next_plan.lora_ranks
+        present, clients = self.next_plan.lora_ranks, [part.update.client_id for part in used]
         if self.next_plan.keeps_b:
-            self._open(self._assemble(present, [], flat, []))
+            self._open(self._assemble(self._following(present, clients), [], flat, []))
             return []
         sums = combination.sums(flat, used, weights)
         budget = self.annealer.propose(self.next_plan.round_num)
@@ -221,10 +214,10 @@ class Coordinator:
         is_carried = combination.is_mean and ranks != present
         maps = [part.map(active) for part, active in zip(sums, ranks, strict=True)] if is_carried else []
         aggregates = self._cut(sums, ranks)
-        opening = self._assemble(ranks, aggregates, flat, maps)
+        opening = self._assemble(self._following(ranks, clients), aggregates, flat, maps)
         if judge is not None and ranks != present:
             uncut = self._cut(sums, present)
-            kept = self._assemble(present, uncut, flat, [])
+            kept = self._assemble(self._following(present, clients), uncut, flat, [])
             rise = judge(opening.plan, opening.message) - judge(kept.plan, kept.message)
             if not self.annealer.accepts(self.next_plan.round_num, rise):
                 budget, aggregates, opening, maps = self.annealer.budget, uncut, kept, []
@@ -238,13 +231,11 @@ class Coordinator:
         advance, plan = self.flat_update.advance, self.next_plan
         self.annealer.budget = self.annealer.propose(plan.round_num)
         ranks = uniform(self.annealer.budget, self.shapes.modules)
-        following = self._plan(plan.round_num + 1, ranks, self._no_ranks)
-        if following.scope == "full":
-            opening = self._prepare(replace(following, sends_state=True))
+        opening = self._prepare(self._following(ranks))
+        if opening.plan.scope == "full":
             advance(self.state, values, weights, opening.state)
             self._open(complete(self.shapes, opening, self.variate))
             return
-        opening = self._prepare(replace(following, sends_base=True, sends_state=True, sends_parts=""))
         flat = advance(self.state, values, weights, torch.empty_like(self.state))
         num_body = self.shapes.base().num_values
         parts = opening.plan.split(self.shapes, opening.message)
@@ -272,21 +263,16 @@ class Coordinator:
 
     def _assemble(
         self,
-        ranks: tuple[int, ...],
+        following: RoundPlan,
         aggregates: Sequence[ModuleAggregate],
         flat: Tensor,
         maps: Sequence[CutMap],
     ) -> Opening:
-        """Make the next plan and message; `flat` is the state in the present layout, its head up to date."""
-        before = self.next_plan.layout(self.shapes)
-        frozen = [part.frozen for part in aggregates]
-        forms = tuple(part.lora_rank for part in frozen) or self._no_ranks
-        if self.switches.aggregator.folds:
-            forms = tuple(map(frozen_form, self.shapes.modules, frozen)) or self._no_ranks
-        mapped = before.lora_ranks if maps and self.next_plan.has_variates else ()
-        opening = self._prepare(self._following(ranks, forms, mapped, self.state_rounds, self.failures))
+        """Make the next message; `flat` is the state in the present layout, its head up to date."""
+        before, ranks = self.next_plan.layout(self.shapes), following.lora_ranks
+        opening = self._prepare(following)
         variate = self._carried_variate(ranks, maps)
-        if mapped:
+        if following.mapped_ranks:
             write_maps(self.shapes, opening, maps)
         if not aggregates:
             opening.state.copy_(flat)
@@ -296,20 +282,8 @@ class Coordinator:
             # Directions that no client of the round had start anew: as zeros they could never be trained.
             opening.state.copy_(self._fresh(opening.plan, before.whole_values(flat)))
         write_state(opening.plan.layout(self.shapes), opening.state, active, before.whole_values(flat))
-        write_frozen(self.shapes, opening, frozen)
+        write_frozen(self.shapes, opening, [part.frozen for part in aggregates])
         return complete(self.shapes, opening, variate)
-
-    def _following(
-        self,
-        ranks: tuple[int, ...],
-        forms: tuple[int, ...],
-        mapped: tuple[int, ...],
-        states: Sequence[int],
-        failures: Sequence[int],
-    ) -> RoundPlan:
-        plan = plan_round(self.switches, self.next_plan.round_num + 1, ranks, forms, states, failures)
-        parts = parts_to_send(self.switches, self.next_plan, self.shapes, ranks)
-        return replace(plan, sends_state=True, sends_parts=parts, mapped_ranks=mapped)
 
     def _prepare(self, plan: RoundPlan) -> Opening:
         spare, self.spare = self.spare, None

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifedlora.core.allocation import uniform
 from mpifedlora.core.faults import set_aside
-from mpifedlora.core.ledger import Ledger, Traffic, count_uplink, fixed_traffic
+from mpifedlora.core.ledger import Ledger, Traffic, baseline_traffic, count_uplink
 from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.parts import pays
 from mpifedlora.core.plan import RoundPlan
@@ -328,10 +327,8 @@ class Server:
 
     def baselines(self) -> Baselines:
         """Compare what was sent so far with FedAvg and fixed-rank LoRA on the same rounds and cohorts."""
-        shapes, sizes = self.coordinator.shapes, self.cohort_sizes
-        full = fixed_traffic(shapes, shapes.full().num_values, sizes)
-        ranks = uniform(self.coordinator.switches.schedule.rank_max, shapes.modules)
-        fixed = fixed_traffic(shapes, shapes.adapter(ranks).num_values, sizes)
+        rank_max = self.coordinator.switches.schedule.rank_max
+        full, fixed = baseline_traffic(self.coordinator.shapes, rank_max, self.cohort_sizes)
         return Baselines(
             sent_bytes=self.sent.bytes,
             full_model_bytes=full.bytes,

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpifedlora.core.cuts import frozen_form
 from mpifedlora.core.layout import DENSE, Factors, LinearShape, ModelShapes, Parts, TensorShape, copy_common
 from mpifedlora.core.opening import (
     Opening,
     complete,
-    frozen_form,
     prepare,
     write_frozen,
     write_leading,
@@ -141,7 +141,7 @@ def test_a_variate_is_sent_only_where_the_plan_has_one() -> None:
 def test_hand_sized_forms(lora_rank: int, form: int) -> None:
     # 48 values as a matrix; 16 a direction, so three directions are as many: they stay factors.
     module = LinearShape("q", 4, 12)
-    assert frozen_form(module, random_factors(module, lora_rank)) == form
+    assert frozen_form(module, lora_rank) == form
 
 
 @LAWS
@@ -150,7 +150,7 @@ def test_the_smaller_form_is_sent_and_always_has_a_layout(
     out_features: int, in_features: int, lora_rank: int
 ) -> None:
     module = LinearShape("q", out_features, in_features)
-    form = frozen_form(module, random_factors(module, lora_rank))
+    form = frozen_form(module, lora_rank)
     values = lora_rank * (out_features + in_features)
     # Also of more directions than a layout could have, where K clients' directions are stacked.
     assert ModelShapes((module,), (), ()).frozen((form,)).num_values == min(
@@ -166,7 +166,7 @@ def test_either_form_gives_the_product(ranks: tuple[int, int], seed: int, sends_
         random_factors(module, lora_rank, seed)
         for module, lora_rank in zip(SHAPES.modules, ranks, strict=True)
     ]
-    forms = tuple(map(frozen_form, SHAPES.modules, frozen))
+    forms = tuple(map(frozen_form, SHAPES.modules, [part.lora_rank for part in frozen]))
     opening = opened(frozen_ranks=forms, sends_base=sends_base)
     write_frozen(SHAPES, opening, frozen)
     assert_products(opening, frozen)
