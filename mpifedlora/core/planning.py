@@ -112,21 +112,26 @@ def parts_to_send(
     return present.shared_layout(shapes).parts if ranks == present.lora_ranks else "ab"
 
 
-def given_to(workers: Sequence[int], num_workers: int, left_out: Sequence[int] = ()) -> tuple[int, ...]:
-    """Return by client id who trains it when fewer workers are left: those of the others are shared out.
+def given_to(
+    workers: Sequence[int], lost: Sequence[int], num_left: int, *, leaves_out: bool = False
+) -> tuple[int, ...]:
+    """Return by client id who trains it when workers are lost: their clients are shared out, others stay.
 
     Args:
         workers: by client id, as before.
-        num_workers: that are left.
-        left_out: workers whose clients nobody trains.
+        lost: their ids; those left keep their order and have the ids 0..num_left-1 from now on.
+        num_left: workers that are left.
+        leaves_out: whether nobody trains the clients of the lost instead.
 
-    >>> given_to((0, 1, 2, ABSENT, 3), 2)
-    (0, 1, 0, -1, 1)
-    >>> given_to((0, 1, 2, ABSENT, 3), 2, [2])
-    (0, 1, -1, -1, 1)
+    >>> given_to((0, 1, 2, ABSENT, 3), [1], 3)
+    (0, 1, 1, -1, 2)
+    >>> given_to((0, 1, 2, ABSENT, 3), [1], 3, leaves_out=True)
+    (0, -1, 1, -1, 2)
     """
-    nobody = (ABSENT, *left_out)
-    return tuple(ABSENT if worker in nobody else worker % num_workers for worker in workers)
+    left = [worker for worker in range(num_left + len(lost)) if worker not in lost]
+    new_ids = {ABSENT: ABSENT, **{worker: new_id for new_id, worker in enumerate(left)}}
+    adopters = [ABSENT if leaves_out else client_id % num_left for client_id in range(len(workers))]
+    return tuple(new_ids.get(worker, adopter) for worker, adopter in zip(workers, adopters, strict=True))
 
 
 def without_training(plan: RoundPlan) -> RoundPlan:
@@ -134,10 +139,10 @@ def without_training(plan: RoundPlan) -> RoundPlan:
     return replace(plan, workers=(ABSENT,) * len(plan.workers))
 
 
-def shrink(switches: Switches, num_workers: int) -> Switches:
-    """Return the switches of a run that goes on with fewer workers."""
+def shrink(switches: Switches, lost: Sequence[int], num_left: int) -> Switches:
+    """Return the switches of a run that goes on without the lost workers; see `given_to`."""
     choose = switches.choose_workers
     return replace(
         switches,
-        choose_workers=lambda round_num, set_aside: given_to(choose(round_num, set_aside), num_workers),
+        choose_workers=lambda round_num, set_aside: given_to(choose(round_num, set_aside), lost, num_left),
     )

@@ -158,9 +158,9 @@ class Server:
             raise RunLost(f'{loss}, and faults.policy = "abort"; resume it with --resume') from loss
         lost, coordinator = self.transport.repair(), self.coordinator
         left, plan, self._announced = self.transport.num_workers, coordinator.next_plan, None
-        coordinator.switches = shrink(coordinator.switches, left)
-        left_out = lost if self.policy == "continue" else ()
-        coordinator.next_plan = replace(plan, workers=given_to(plan.workers, left, left_out))
+        coordinator.switches = shrink(coordinator.switches, lost, left)
+        workers = given_to(plan.workers, lost, left, leaves_out=self.policy == "continue")
+        coordinator.next_plan = replace(plan, workers=workers)
         self.warn(f"round {plan.round_num}: {loss}; the round begins again with {left} workers")
 
     def _surviving(self, step: Callable[[], T]) -> T:

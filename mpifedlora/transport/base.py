@@ -130,8 +130,8 @@ class Endpoint(Protocol):
     is_fault_tolerant: bool
 
     @property
-    def trains(self) -> bool:
-        """Whether this process trains clients."""
+    def trains_as(self) -> int | None:
+        """The worker_id under which this process trains clients; None where it trains none."""
 
     def process_names(self) -> list[str]:
         """Return what to call each process in a message, the server first."""

@@ -89,7 +89,7 @@ class Alone:
     """The one process of a run without MPI: server and worker at once."""
 
     is_server = True
-    trains = True
+    trains_as = 0
     is_fault_tolerant = False
     library = "in one process, without MPI"
 

@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_fewer_workers():
     plan = federation(CASES[0])[0].plan
-    assert given_to((0, 3, ABSENT, 2), 2) == (0, 1, ABSENT, 0)
-    assert given_to((0, 3, ABSENT, 2), 2, [3]) == (0, ABSENT, ABSENT, 0)
+    assert given_to((0, 3, ABSENT, 2, 1), [0, 2], 2) == (0, 1, ABSENT, 1, 0)
+    assert given_to((0, 3, ABSENT, 2, 1), [0, 2], 2, leaves_out=True) == (ABSENT, 1, ABSENT, ABSENT, 0)
     assert without_training(plan).cohort == ()
     assert replace(without_training(plan), workers=plan.workers) == plan

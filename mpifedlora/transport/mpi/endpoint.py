@@ -54,9 +54,9 @@ class Endpoint(Survivor):
     is_server: bool
 
     @property
-    def trains(self) -> bool:
-        """Whether this process trains clients."""
-        return not self.is_server
+    def trains_as(self) -> int | None:
+        """The worker_id under which this process trains clients; None where it trains none."""
+        return None if self.is_server else self.comm.rank - 1
 
     def __init__(self, comm: MPI.Comm, place: NodePlace) -> None:
         from mpi4py import MPI
