@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean
+
+RECENT_ROUNDS = 5
 
 
 def human_bytes(count: int) -> str:
@@ -34,3 +38,15 @@ def human_time(seconds: float) -> str:
         if whole >= large:
             return f"{whole // large}{names[0]}{whole % large // small:02d}{names[1]}"
     return f"{whole}s"
+
+
+def expected_s(rounds_s: Sequence[float], num_left: int) -> float:
+    """Expect each round to come to take as long as the mean of the last few: rounds get shorter.
+
+    >>> expected_s([9.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3), expected_s([], 3), expected_s([], 0)
+    (3.0, nan, 0.0)
+    """
+    known = [seconds for seconds in rounds_s if math.isfinite(seconds)][-RECENT_ROUNDS:]
+    if num_left <= 0:
+        return 0.0
+    return num_left * fmean(known) if known else math.nan

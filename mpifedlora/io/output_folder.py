@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.atomic import replace_file
@@ -21,6 +23,7 @@ CLIENT_ADAPTERS_FOLDER = "client_adapters"
 CLIENT_STATES_FOLDER = "client_states"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
+_LOCK_TRIES = 3
 _LEFT_BEHIND = (RESULTS_FILE, RUN_FILE, ADAPTER_FOLDER, BASE_FOLDER, CLIENT_ADAPTERS_FOLDER)
 _OWN = (*_LEFT_BEHIND, CLIENT_STATES_FOLDER, CHECKPOINTS_FOLDER)
 
@@ -105,7 +108,7 @@ class FolderLock:
         except OSError:
             return  # a folder that cannot be written is told by what must be written to it
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError as error:
             holder = os.read(file, 200).decode(errors="replace") or "another process"
             os.close(file)
@@ -129,6 +132,52 @@ class FolderLock:
                 self._path.unlink(missing_ok=True)
             os.close(self._file)
         self._file = -1
+
+
+def _lock(file: int) -> None:
+    for _ in range(_LOCK_TRIES - 1):  # `ask_lock` holds it for an instant
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class LockState(NamedTuple):
+    """What the lock of a run's folder tells of the run.
+
+    Args:
+        is_held: whether a process holds it; None where the file system does not tell.
+        is_certain: whether that holds for processes of every node.
+        holder: who has taken it last, or nothing.
+    """
+
+    is_held: bool | None
+    is_certain: bool
+    holder: str
+
+
+def ask_lock(out: Path) -> LockState:
+    """Ask whether a run holds its folder, without keeping one out.
+
+    Some file systems keep locks to themselves on each node: that nobody holds it is certain only on the
+    node of the process that took it.
+    """
+    try:
+        file = os.open(out / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return LockState(False, False, "")  # whoever lets go removes it, and a copy may lack it
+    except OSError:
+        return LockState(None, False, "")
+    try:
+        holder = os.read(file, 200).decode(errors="replace")
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return LockState(True, True, holder)
+    except OSError:
+        return LockState(None, False, "")
+    finally:
+        os.close(file)
+    return LockState(False, holder.endswith(f" on {socket.gethostname()}"), holder)
 
 
 def _is_still_there(file: int, path: Path) -> bool:

@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mpifedlora.core.units import human_bytes, human_time
+from mpifedlora.core.units import expected_s, human_bytes, human_time
 from mpifedlora.io.output_folder import free_name, left_behind
 from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.callbacks import Callback, Run
@@ -31,7 +30,6 @@ from mpifedlora.runtime.callbacks import Callback, Run
 if TYPE_CHECKING:
     from mpifedlora.io.results import Results
 
-RECENT_ROUNDS = 5
 _OUTPUT_FAILURES = (OSError, ValueError)  # ValueError: a closed stream
 
 
@@ -125,7 +123,7 @@ class Progress(Callback):
         # Decided here: with FORCE_COLOR set rich would draw a live bar into a log file.
         self._console = console or Console(force_terminal=is_terminal(sys.stdout))
         self._num_rounds = num_rounds
-        self._recent_s: deque[float] = deque(maxlen=RECENT_ROUNDS)
+        self._rounds_s: list[float] = []
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = _make_bar(self._console)
         self._task = self._bar.add_task("starting", total=num_rounds, left="")
@@ -153,9 +151,8 @@ class Progress(Callback):
 
     def on_round_end(self, row: RoundRow) -> None:
         """Leave one line for a finished round, and move the bar."""
-        if math.isfinite(row.round_s):
-            self._recent_s.append(row.round_s)
-        left_s = self._left_s(row.round_num)
+        self._rounds_s.append(row.round_s)
+        left_s = expected_s(self._rounds_s, self._num_rounds - row.round_num)
         self._bar.update(self._task, completed=row.round_num, left=f"left {human_time(left_s)}")
         self._say(format_row(row, self._num_rounds, left_s))
 
@@ -193,13 +190,6 @@ class Progress(Callback):
         if self._bar.live.is_started:
             with suppress(*_OUTPUT_FAILURES):
                 self._bar.stop()
-
-    def _left_s(self, round_num: int) -> float:
-        """Expect each round to come to take as long as the mean of the last few: rounds get shorter."""
-        num_left = max(0, self._num_rounds - round_num)
-        if num_left == 0:
-            return 0.0
-        return num_left * sum(self._recent_s) / len(self._recent_s) if self._recent_s else math.nan
 
     def _say(self, line: str, style: str = "") -> None:
         if self._is_live:
