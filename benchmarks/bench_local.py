@@ -100,7 +100,7 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
 
 def _read(task: ClassificationTask) -> EncodedExamples:
     train = read_dataset("20newsgroups").train
-    return task.encode(train.texts, train.labels)
+    return task.encode(train.columns, train.labels)
 
 
 def _stand_in(examples: EncodedExamples, batch_size: int, num_batches: int) -> EncodedExamples:

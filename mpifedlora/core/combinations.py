@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from mpifedlora.core.method_config import RunTables
 from mpifedlora.core.refusals import bars, needs, refuse, switch, value_of
+from mpifedlora.core.task_rules import TASK_RULES
 
 _UNLASTING = {
     "product": "every SVD gives a new basis, so {} of the last round mean nothing",
@@ -311,6 +312,7 @@ def _compiled_code_may_differ(config: RunTables) -> None:
 
 
 RULES: tuple[Callable[[RunTables], None], ...] = (
+    *TASK_RULES,
     _stages_fit,
     _full_follows_no_adapter,
     _cooling_fits,

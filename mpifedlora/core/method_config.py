@@ -24,6 +24,7 @@ from mpifedlora.core.sections import (
     PositiveInt,
     Section,
     Seed,
+    TaskConfig,
     TransportConfig,
 )
 
@@ -271,6 +272,7 @@ class RunTables(Section):
 
     model: ModelConfig
     data: DataConfig
+    task: TaskConfig = TaskConfig()  # type: ignore[call-arg]
     federation: FederationConfig = FederationConfig()  # type: ignore[call-arg]
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]
     initiating: InitiatingConfig = InitiatingConfig()  # type: ignore[call-arg]

@@ -1,7 +1,10 @@
-"""Metrics of a classifier, from each example's loss and predicted label."""
+"""Metrics of a model, and those of a classifier from each example's loss and predicted label."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -9,11 +12,12 @@ import numpy.typing as npt
 
 
 class Metrics(NamedTuple):
-    """Mean loss (nats), accuracy and macro-F1 (both 0 to 1)."""
+    """Mean loss (nats), accuracy and macro-F1 (0 to 1, nan where a task has none), and others by name."""
 
     loss: float
-    accuracy: float
-    macro_f1: float
+    accuracy: float = math.nan
+    macro_f1: float = math.nan
+    others: Mapping[str, float] = MappingProxyType({})
 
 
 def classification_metrics(
@@ -26,8 +30,8 @@ def classification_metrics(
         predicted: (num_examples,).
         labels: (num_examples,).
 
-    >>> classification_metrics(np.zeros(3, "f4"), np.array([0, 1, 1]), np.array([0, 1, 0]))
-    Metrics(loss=0.0, accuracy=0.6666666666666666, macro_f1=0.6666666666666666)
+    >>> classification_metrics(np.zeros(3, "f4"), np.array([0, 1, 1]), np.array([0, 1, 0]))[:3]
+    (0.0, 0.6666666666666666, 0.6666666666666666)
     """
     num_labels = int(max(predicted.max(), labels.max())) + 1
     hits = np.bincount(labels[predicted == labels], minlength=num_labels)

@@ -5,7 +5,7 @@ The tables that make the method are in `mpifedlora.core.method_config`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -58,7 +58,17 @@ class DataConfig(Section):
         "`.csv`, `.jsonl` or `.parquet` file, or a hub name (needs the package `datasets`).",
     )
     text_column: str = Field("text", description="Column with the text.")
-    label_column: str = Field("label", description="Column with the label (text or integer).")
+    label_column: str | None = Field(
+        None,
+        description="Column with the label (text or integer); `label` by default where the task has labels. "
+        "Any other task may name one too: `dirichlet` and `shards` share out by it.",
+    )
+    columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Columns that a task of your own reads, under their names; by default `text_column` as "
+        "`text`.",
+    )
     test_source: str | None = Field(
         None, description="A second file or source to test on; without it the source's own test part."
     )
@@ -98,6 +108,34 @@ class DataConfig(Section):
     def _column_is_named(self) -> DataConfig:
         if self.partition == "column" and self.partition_column is None:
             raise ValueError('partition = "column" needs partition_column, got none; name the column')
+        return self
+
+
+class TaskConfig(Section):
+    """`[task]`: what the model learns to do."""
+
+    name: str = Field(
+        "classification",
+        description="`classification`: one label a text; or `FILE.py:FUNCTION`: a task of your own (its code "
+        "runs in every process).",
+    )
+    sha256: str | None = Field(
+        None,
+        description="SHA-256 of the file of your own task, filled in when the run file is read; where it is "
+        "given, the file must match.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="What your own task is given, as it stands here."
+    )
+
+    @model_validator(mode="after")
+    def _options_have_a_taker(self) -> TaskConfig:
+        for key in ("sha256", "options"):
+            if getattr(self, key) and ".py:" not in self.name:
+                raise ValueError(
+                    f'{key} needs a task of your own, got name = "{self.name}"; set name = '
+                    f'"FILE.py:FUNCTION", or leave {key} out'
+                )
         return self
 
 

@@ -24,6 +24,7 @@ _KINDS = {
     "number": "a number",
     "string": "text",
     "boolean": "true or false",
+    "object": "a table",
 }
 _ITEMS = {"integer": "whole numbers", "number": "numbers", "string": "texts"}
 _BOUNDS = {
@@ -45,8 +46,8 @@ values out of range are errors, and several errors are reported together. Whole 
   `--set data.source=reuters-r8`, `--set training.local_steps=4`,
   `--set 'lora.target_modules=["query", "value"]'` (quoted, or the shell takes the quotes away). An override
   of one of `training.local_steps` and `training.local_epochs` takes the other one out of the file.
-- Relative paths in `model.name`, `data.source` and `data.test_source` are looked up in the current directory,
-  then beside the run file.
+- Relative paths in `model.name`, `data.source`, `data.test_source` and `task.name` are looked up in the
+  current directory, then beside the run file.
 - The [method](#methods) sets some keys itself; what the file says otherwise is ignored, and said so.
 - The resolved configuration is kept with the results as `run.toml`, and is a run file again.
 """.lstrip()
@@ -174,8 +175,8 @@ def _row(key: str, schema: Schema) -> str:
 
 def _default(schema: Schema) -> str:
     if "default" not in schema:
-        # An empty list comes from a factory, which a schema does not show.
-        return "`[]`" if schema.get("type") == "array" else "must be given"
+        # An empty list or table comes from a factory, which a schema does not show.
+        return {"array": "`[]`", "object": "`{}`"}.get(schema.get("type", ""), "must be given")
     return "none" if schema["default"] is None else f"`{json.dumps(schema['default'])}`"
 
 

@@ -1,4 +1,4 @@
-"""Sources -> examples: packaged texts, local files and the hub become numbered, split texts.
+"""Sources -> examples: packaged texts, local files and the hub become numbered, split examples.
 
 Every source is a stream of rows, checked when its first row is read. `read_dataset` takes all rows and
 `check_source` one, so both raise the same errors.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mpifedlora.core.partition import IntArray, split_stratified
 from mpifedlora.core.seeding import numpy_generator
@@ -31,21 +34,43 @@ from mpifedlora.io.row_streams import (
     positions_of,
 )
 
+Column = tuple[Any, ...] | npt.NDArray[Any]
+TEXT = MappingProxyType({"text": "text"})
+UNLABELLED = "unlabelled"
+"""The one label of examples without labels."""
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Texts with their label numbers, shape (num_examples,)."""
+    """Columns of equal length, by the task's names for them, and label numbers.
 
-    texts: tuple[str, ...]
+    Args:
+        columns: of each a tuple (texts, or what a row held), or an array (num_examples, ...).
+        labels: (num_examples,); zeros where there are no labels.
+    """
+
+    columns: Mapping[str, Column]
     labels: IntArray
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.labels)
+
+    @property
+    def texts(self) -> Column:
+        """The column `text`."""
+        return self.columns["text"]
 
     def take(self, indices: Sequence[int] | IntArray) -> Examples:
         """Return the examples at these indices, in their order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return Examples(tuple(self.texts[i] for i in chosen.tolist()), self.labels[chosen])
+        taken = {name: _take(column, chosen) for name, column in self.columns.items()}
+        return Examples(taken, self.labels[chosen])
+
+
+def _take(column: Column, chosen: IntArray) -> Column:
+    if isinstance(column, np.ndarray):
+        return column[chosen]
+    return tuple(column[i] for i in chosen.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +78,7 @@ class Dataset:
     """Examples in three parts, with what the label numbers stand for.
 
     `owners` holds one owner number per training example, if a partition column was named. `digest` is a
-    SHA-256 over label names, labels, texts and owners: equal where processes hold the same data.
+    SHA-256 over label names, labels, columns and owners: equal where processes hold the same data.
     """
 
     name: str
@@ -68,7 +93,7 @@ class Dataset:
 class _Table(NamedTuple):
     """Values of one part as they were read, before labels and owners get numbers."""
 
-    texts: list[str]
+    values: list[list[Any]]
     labels: list[str]
     owners: list[str]
 
@@ -76,8 +101,8 @@ class _Table(NamedTuple):
 def read_dataset(
     source: str,
     *,
-    text_column: str = "text",
-    label_column: str = "label",
+    columns: Mapping[str, str] = TEXT,
+    label_column: str | None = "label",
     test_source: str | None = None,
     test_fraction: float = 0.2,
     validation_fraction: float = 0.0,
@@ -89,8 +114,8 @@ def read_dataset(
 
     Args:
         source: A packaged name, a `.csv`, `.jsonl` or `.parquet` file, or a hub name.
-        text_column: Column with the text; an absent text in a row counts as empty.
-        label_column: Column with the label, text or integer.
+        columns: What is read of each row, name -> column; an absent text counts as empty.
+        label_column: Column with the label, text or integer; None where there is none.
         test_source: Source of the test part (its own test part, if it has one). Without it the test
             part of `source` is used or, if there is none, `test_fraction` is split off.
         test_fraction: Share to split off for testing, in (0, 1), stratified by label.
@@ -101,21 +126,22 @@ def read_dataset(
 
     Returns:
         The dataset. Labels are numbered in the order of their names (integers by value), over both
-        parts; an empty validation part stands for none.
+        parts; without a label column all have the label `UNLABELLED`. An empty validation part stands for
+        none.
 
     Raises:
         DataError: The source is missing, malformed or too small, or lacks a column or a label.
     """
-    columns = Columns(text_column, label_column, partition_column)
-    table, test_table = _read_tables(source, test_source, columns)
+    wanted = Columns(columns, label_column, partition_column)
+    table, test_table = _read_tables(source, test_source, wanted)
     names = _sorted_names({*table.labels, *(test_table.labels if test_table else ())})
-    if len(names) < 2:
+    if len(names) < 2 and label_column is not None:
         raise DataError(
             f"there must be at least 2 labels, got {len(names)}: {names[0]!r} ({source}); add examples"
         )
-    whole, owners = _examples(table, names), _numbers(table.owners, _sorted_names(set(table.owners)))
+    whole, owners = _examples(table, wanted, names), _numbers(table.owners, _sorted_names(set(table.owners)))
     rest = np.arange(len(whole), dtype=np.int64)
-    test = _examples(test_table, names) if test_table else None
+    test = _examples(test_table, wanted, names) if test_table else None
     if test is None:
         rest, held_out = _hold_out(whole, rest, test_fraction, seed, "test", source)
         test = whole.take(held_out)
@@ -127,24 +153,28 @@ def read_dataset(
 
 
 def check_source(
-    source: str, test_source: str | None, text_column: str, label_column: str, partition_column: str | None
+    source: str,
+    test_source: str | None,
+    columns: Mapping[str, str],
+    label_column: str | None,
+    partition_column: str | None,
 ) -> None:
     """Raise what `read_dataset` would raise, as far as the first row tells, within milliseconds.
 
     Args:
         source: As in `read_dataset`.
         test_source: As in `read_dataset`.
-        text_column: As in `read_dataset`.
+        columns: As in `read_dataset`.
         label_column: As in `read_dataset`.
         partition_column: As in `read_dataset`.
 
     Raises:
         DataError: The source, its package or a column is missing, or the first row cannot be read.
     """
-    columns = Columns(text_column, label_column, partition_column)
-    _check_one(source, columns)
+    wanted = Columns(columns, label_column, partition_column)
+    _check_one(source, wanted)
     if test_source is not None:
-        _check_one(test_source, columns._replace(owner=None))
+        _check_one(test_source, wanted._replace(owner=None))
 
 
 def _check_one(source: str, columns: Columns) -> None:
@@ -153,7 +183,7 @@ def _check_one(source: str, columns: Columns) -> None:
         packaged_folder(source)
     elif is_file_source(source):
         with closing(file_rows(Path(source).expanduser(), columns)) as rows:
-            _table(itertools.islice(rows, 1), source)
+            _table(itertools.islice(rows, 1), columns, source)
     else:
         check_installed("datasets", hub_advice(source))
 
@@ -165,8 +195,8 @@ def _read_tables(source: str, test_source: str | None, columns: Columns) -> tupl
     else:
         other = open_parts(test_source, columns._replace(owner=None))
         test = other.get("test", other["train"])
-    train = _table(parts["train"], source)
-    return train, None if test is None else _table(test, test_source or source)
+    train = _table(parts["train"], columns, source)
+    return train, None if test is None else _table(test, columns._replace(owner=None), test_source or source)
 
 
 def _name(source: str) -> str:
@@ -176,19 +206,24 @@ def _name(source: str) -> str:
 # From rows to numbered examples.
 
 
-def _table(rows: Iterable[tuple[Any, ...]], where: str) -> _Table:
-    table = _Table([], [], [])
-    for number, values in enumerate(rows, 1):
+def _table(rows: Iterable[tuple[Any, ...]], columns: Columns, where: str) -> _Table:
+    cleaners = [_CLEANERS.get(name, _value) for name in columns.values]
+    cleaners += [_label] * (columns.label is not None) + [_owner] * (columns.owner is not None)
+    read: list[list[Any]] = [[] for _ in cleaners]
+    num_rows = 0
+    for num_rows, values in enumerate(rows, 1):
         try:
-            for column, clean, value in zip(table, _CLEANERS, values, strict=False):
+            for column, clean, value in zip(read, cleaners, values, strict=False):
                 column.append(clean(value))
         except ValueError as error:
-            raise DataError(f"{error} ({where}, row {number}); correct or remove the row") from error
-    if not table.texts:
+            raise DataError(f"{error} ({where}, row {num_rows}); correct or remove the row") from error
+    if not num_rows:
         raise DataError(
             f"source must hold at least one example, got none ({where}); add rows or check the path"
         )
-    return table
+    keys = read[len(columns.values) :]
+    labels = keys.pop(0) if columns.label is not None else [UNLABELLED] * num_rows
+    return _Table(read[: len(columns.values)], labels, keys[0] if keys else [])
 
 
 def _text(value: Any) -> str:
@@ -207,7 +242,16 @@ def _owner(value: Any) -> str:
     return _key(value, "owner")
 
 
-_CLEANERS: tuple[Callable[[Any], str], ...] = (_text, _label, _owner)
+def _value(value: Any) -> Any:
+    """Return what a task of one's own gets: what JSON can hold, as it stands in the row."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"a value must be text, a number or a list of them, got {value!r}") from None
+    return _encodable(value) if isinstance(value, str) else value
+
+
+_CLEANERS: Mapping[str, Callable[[Any], Any]] = {"text": _text}
 
 
 def _key(value: Any, what: str) -> str:
@@ -242,8 +286,9 @@ def _numbers(values: Sequence[str], names: Sequence[str]) -> IntArray:
     return np.array([number_of[value] for value in values], dtype=np.int64)
 
 
-def _examples(table: _Table, names: Sequence[str]) -> Examples:
-    return Examples(tuple(table.texts), _numbers(table.labels, names))
+def _examples(table: _Table, columns: Columns, names: Sequence[str]) -> Examples:
+    values = dict(zip(columns.values, map(tuple, table.values), strict=True))
+    return Examples(values, _numbers(table.labels, names))
 
 
 def _hold_out(
@@ -268,14 +313,18 @@ def _draw(indices: IntArray, max_examples: int | None, seed: int) -> IntArray:
 
 def _digest(names: tuple[str, ...], parts: Iterable[Examples], owners: IntArray | None) -> str:
     digest = hashlib.sha256()
-    pairs = [
-        (names, np.empty(0, np.int64) if owners is None else owners),
-        *((p.texts, p.labels) for p in parts),
-    ]
-    for texts, numbers in pairs:
-        encoded = [text.encode() for text in texts]
+    pairs: list[tuple[Column, IntArray]] = [(names, np.empty(0, np.int64) if owners is None else owners)]
+    pairs += [(column, part.labels) for part in parts for column in part.columns.values()]
+    for values, numbers in pairs:
+        encoded = [_bytes(value) for value in values]
         # Lengths first, so that no two datasets spell the same bytes.
-        head = [len(texts), len(numbers), *map(len, encoded)]
+        head = [len(encoded), len(numbers), *map(len, encoded)]
         for content in (np.array(head, "<i8").tobytes(), *encoded, numbers.astype("<i8").tobytes()):
             digest.update(content)
     return digest.hexdigest()
+
+
+def _bytes(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    return value.tobytes() if isinstance(value, np.ndarray) else json.dumps(value, sort_keys=True).encode()

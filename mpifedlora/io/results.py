@@ -141,6 +141,7 @@ class ResultsWriter:
             for column in COLUMNS:
                 file[column.path] = column.stack(self._rows, self._info)
             _write_attribute(file["rounds/module_ranks"], "module_names", self._info.module_names)
+            _write_attribute(file["rounds/eval_metrics"], "metric_names", self._info.metric_names)
             _write_events(file, self._events)
             if self._baselines is not None:
                 file.create_group("baselines").attrs.update(vars(self._baselines))
@@ -155,7 +156,8 @@ class Results:
     Args:
         info: what ran.
         status: `running` (or killed), `interrupted`, `finished` or `failed`.
-        rounds: name to array of `/rounds`, shape (rounds,), `module_ranks` (rounds, modules).
+        rounds: name to array of `/rounds`, shape (rounds,), `module_ranks` (rounds, modules),
+            `eval_metrics` (rounds, metrics).
         clients: name to array of `/clients`, shape (rounds, clients).
         baselines: what the bytes compare with, if the run came to tell.
         events: what was out of the ordinary, in order.

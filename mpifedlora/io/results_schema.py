@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -66,8 +66,10 @@ class RunInfo:
         gpu_buffers: how updates leave a GPU, `direct` or `staged`; `none` where none is used.
         startup_s: seconds from the launch to the first round; nan where the system does not tell.
         module_names: the adapted modules, in the order of `module_ranks`.
-        label_names: the labels, in the order of `label_table`'s columns; empty for tasks without.
+        label_names: the labels, in the order of `label_table`'s columns; for tasks without, one that
+            all examples have.
         label_table: shape (num_clients, labels), int64: each client's training examples by label.
+        metric_names: what the task measures beyond loss, accuracy and macro-F1.
         created: when the run began, ISO 8601 in UTC.
         format_version: version of the file's format.
 
@@ -97,6 +99,7 @@ class RunInfo:
     module_names: tuple[str, ...]
     label_names: tuple[str, ...]
     label_table: Ints
+    metric_names: tuple[str, ...] = ()
     created: str = field(default_factory=utc_now)
     format_version: int = FORMAT_VERSION
 
@@ -141,6 +144,7 @@ class RoundRow:
         eval_loss: mean loss of the model that `RunInfo.eval_model` names.
         eval_accuracy: its accuracy, 0..1.
         eval_macro_f1: its F1, averaged over labels, 0..1.
+        eval_metrics: what else the task measures of it, in the order of `RunInfo.metric_names`.
     """
 
     round_num: int
@@ -171,6 +175,7 @@ class RoundRow:
     eval_loss: float = math.nan
     eval_accuracy: float = math.nan
     eval_macro_f1: float = math.nan
+    eval_metrics: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +228,12 @@ class _Column:
     axis: str
 
     def shape(self, info: RunInfo) -> tuple[int, ...]:
-        widths = {"": (), "modules": (len(info.module_names),), "clients": (info.num_clients,)}
+        widths = {
+            "": (),
+            "modules": (len(info.module_names),),
+            "metrics": (len(info.metric_names),),
+            "clients": (info.num_clients,),
+        }
         return widths[self.axis]
 
     def stack(self, rows: list[RoundRow], info: RunInfo) -> Array:
@@ -242,6 +252,7 @@ _KINDS = {
     "float": ("float64", ""),
     "str": ("S16", ""),
     "tuple[int, ...]": ("int32", "modules"),
+    "tuple[float, ...]": ("float64", "metrics"),
     "Ints": ("int64", "clients"),
     "Floats": ("float64", "clients"),
     "Bools": ("bool", "clients"),

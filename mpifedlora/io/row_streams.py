@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +25,26 @@ Rows = Generator[tuple[Any, ...], None, None]
 
 
 class Columns(NamedTuple):
-    """Names of the columns to read."""
+    """Names of the columns to read.
 
-    text: str
-    label: str
+    Args:
+        values: of what the task reads, by its name for it.
+        label: of the label, if there is one.
+        owner: of the owner, if there is one.
+    """
+
+    values: Mapping[str, str]
+    label: str | None
     owner: str | None
 
     def wanted(self) -> list[tuple[str, str]]:
-        """Pair each option with the column that it names."""
-        pairs = [("text_column", self.text), ("label_column", self.label)]
-        return pairs if self.owner is None else [*pairs, ("partition_column", self.owner)]
+        """Pair each option with the column that it names, in the order of a row's values."""
+        pairs = [
+            ("columns" if column == name != "text" else f"{name}_column", column)
+            for name, column in self.values.items()
+        ]
+        keys = (("label_column", self.label), ("partition_column", self.owner))
+        return pairs + [(option, column) for option, column in keys if column is not None]
 
 
 def open_parts(source: str, columns: Columns) -> dict[str, Rows]:
@@ -209,7 +219,8 @@ def _hub_parts(source: str, columns: Columns) -> dict[str, Rows]:
 def _hub_rows(part: Any, columns: Columns, source: str) -> Rows:
     positions_of(part.column_names, columns, source)
     values = {column: list(part[column]) for _, column in columns.wanted()}
-    if names := getattr(part.features[columns.label], "names", None):
+    feature = None if columns.label is None else part.features[columns.label]
+    if columns.label is not None and (names := getattr(feature, "names", None)):
         # Out of range: the hub writes -1 where a label is withheld.
         values[columns.label] = [names[i] if i in range(len(names)) else None for i in values[columns.label]]
     yield from zip(*(values[column] for _, column in columns.wanted()), strict=True)

@@ -15,7 +15,7 @@ import stat
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from pydantic import ValidationError
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.methods import apply_method
 from mpifedlora.core.sections import Section
+from mpifedlora.core.tasks import is_own
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.config_errors import Origin, explain, locate, shorten
 from mpifedlora.io.data_fetch import PACKAGED
 from mpifedlora.io.overrides import Override, apply_overrides, make_override, parse_override, plain_table
+from mpifedlora.io.task_files import digest_of, split_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,7 +40,7 @@ Tables = dict[str, Any]
 
 _LARGEST_FILE_BYTES = 64 * 1024
 _MOST_ERRORS = 10
-_PATH_KEYS = ("model.name", "data.source", "data.test_source")
+_PATH_KEYS = ("model.name", "data.source", "data.test_source", "task.name")
 _TOML_MESSAGE = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)")
 
 
@@ -53,8 +55,8 @@ class ResolvedRun:
 def read_run_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ResolvedRun:
     """Read a run file, apply overrides and its method, and check everything.
 
-    Relative paths in `model.name`, `data.source` and `data.test_source` are looked up in the current
-    directory, then beside the run file.
+    Relative paths in `model.name`, `data.source`, `data.test_source` and `task.name` are looked up in the
+    current directory, then beside the run file.
 
     Args:
         path: A TOML file of at most 64 KiB.
@@ -92,13 +94,22 @@ def resolve_run(
     if not isinstance(run, Mapping):
         return _resolve(Path(run), changes)
     tables = {name: plain_table(table) for name, table in run.items()}
-    return _check(apply_overrides(tables, changes), _trace("the run's tables", tables, changes))
+    return _with_digest(_check(apply_overrides(tables, changes), _trace("the run's tables", tables, changes)))
 
 
 def _resolve(file: Path, changes: Sequence[Override]) -> ResolvedRun:
     tables = _parse(_read_text(file), file)
     origin = _trace(_name(file), tables, changes)
-    return _check(_resolve_paths(apply_overrides(tables, changes), file.parent), origin)
+    return _with_digest(_check(_resolve_paths(apply_overrides(tables, changes), file.parent), origin))
+
+
+def _with_digest(run: ResolvedRun) -> ResolvedRun:
+    """Make a task's own file part of the configuration, which all processes and a resumed run compare."""
+    task = run.config.task
+    if not is_own(task.name):
+        return run
+    found = task.model_copy(update={"sha256": digest_of(task.name, task.sha256)})
+    return replace(run, config=run.config.model_copy(update={"task": found}))
 
 
 def write_run_file(config: RunConfig) -> str:
@@ -142,6 +153,8 @@ def config_digest(config: RunConfig) -> str:
 
 
 def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
     # -0.0 equals 0.0 but is written otherwise.
     return value + 0.0 if isinstance(value, float) else value
 
@@ -246,8 +259,12 @@ def _resolve_paths(tables: Tables, folder: Path) -> Tables:
 def _resolve_path(value: str, folder: Path) -> str:
     # os.path.exists, unlike Path.exists, calls an impossible name absent instead of raising.
     beside = os.path.join(folder, value)
-    is_here = value in PACKAGED or not value or os.path.exists(value)
-    return beside if not is_here and os.path.exists(beside) else value
+    is_here = value in PACKAGED or not value or _exists(value)
+    return beside if not is_here and _exists(beside) else value
+
+
+def _exists(value: str) -> bool:
+    return os.path.exists(str(split_name(value)[0]) if is_own(value) else value)
 
 
 def _check(tables: Tables, origin: Origin) -> ResolvedRun:
@@ -292,6 +309,8 @@ def _comment(text: str) -> list[str]:
 def _write_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_write_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {_write_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but JSON leaves DEL bare and would split what lies beyond U+FFFF.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

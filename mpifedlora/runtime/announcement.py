@@ -111,10 +111,11 @@ def label_lines(table: Ints, names: Sequence[str]) -> Iterator[str]:
         names: of the labels.
     """
     by_size = np.argsort(-table.sum(axis=0), kind="stable")
-    shown = sorted(by_size[:MAX_LABELS].tolist())
+    # One label tells no more than the sum.
+    shown = sorted(by_size[:MAX_LABELS].tolist()) if len(names) > 1 else []
     others = sorted(by_size[MAX_LABELS:].tolist())
     heads = [names[label][-LABEL_WIDTH:] for label in shown] + (["others"] if others else [])
-    yield "training examples of each client, by label:"
+    yield f"training examples of each client{', by label' if shown else ''}:"
     yield _cells("client", ["all", *heads])
     for client_id, counts in enumerate(table[:MAX_CLIENTS].tolist()):
         row = [sum(counts), *(counts[label] for label in shown)]

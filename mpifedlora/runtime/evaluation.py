@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.batches import Indices, length_batches
-from mpifedlora.core.metrics import Metrics, classification_metrics
+from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.plan import RoundPlan
+from mpifedlora.errors import TrainingError
+from mpifedlora.io.datasets import Examples
 from mpifedlora.training.local import predict
 from mpifedlora.training.models import FederatedModel
-from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
+from mpifedlora.training.task import EncodedExamples, Task
 
 
 class Share(NamedTuple):
@@ -35,9 +37,8 @@ class Evaluation:
     """Held-out examples, cut into batches that do not depend on who measures them.
 
     Args:
-        task: texts to tokens, logits to losses.
-        texts: of the examples.
-        labels: (num_examples,).
+        task: what is measured.
+        examples: what it is measured on.
         batch_size: examples a forward pass.
         precision: `float32` or `bfloat16`.
         parts: by client id, the examples that the client's own model is measured on, together every
@@ -47,26 +48,25 @@ class Evaluation:
 
     def __init__(
         self,
-        task: ClassificationTask,
-        texts: Sequence[str],
-        labels: Indices,
+        task: Task,
+        examples: Examples,
         batch_size: int,
         precision: str,
         parts: Sequence[Indices] | None = None,
         recall: Callable[[RoundPlan, int], Mapping[str, Tensor]] = lambda plan, client_id: {},
     ) -> None:
         self.task = task
-        self.texts, self.labels = texts, labels
+        self.raw = examples
         self.batch_size = batch_size
         self.precision = precision
         self.recall = recall
-        everything = [Share(None, np.arange(len(labels)))]
+        everything = [Share(None, np.arange(len(examples)))]
         self.shares = everything if parts is None else [Share(*pair) for pair in enumerate(parts)]
 
     @cached_property
     def examples(self) -> EncodedExamples:
-        """The examples as tokens; tokenised when they are first needed, where they are needed."""
-        return self.task.encode(self.texts, self.labels)
+        """The examples as numbers; encoded when they are first needed, where they are needed."""
+        return self.task.encode(self.raw.columns, self.raw.labels)
 
     @cached_property
     def batches(self) -> list[Share]:
@@ -89,8 +89,8 @@ class Evaluation:
     def predictions(
         self, model: FederatedModel, plan: RoundPlan, part: int = 0, num_parts: int = 1
     ) -> Tensor:
-        """Measure every num_parts-th batch from `part` on: (examples, 2) float32, loss and label."""
-        measured = [torch.empty(0, 2)]
+        """Measure every num_parts-th batch from `part` on: (examples, statistics) float32."""
+        measured = [torch.empty(0, len(self.task.statistics))]
         for client_id, batches in groupby(self.batches[part::num_parts], lambda batch: batch.client_id):
             flat = model.state
             if client_id is not None:
@@ -102,10 +102,16 @@ class Evaluation:
 
     def metrics(self, parts: Sequence[Tensor]) -> Metrics:
         """Return the metrics from all workers' predictions, in the same order for any number of them."""
-        whole = torch.empty(len(self.labels), 2)
+        whole = torch.empty(len(self.raw), len(self.task.statistics))
         for part, rows in enumerate(parts):
             batches = self.batches[part :: len(parts)]
             if batches:
                 whole[torch.from_numpy(np.concatenate([batch.indices for batch in batches]))] = rows
-        losses, predicted = whole[:, 0].numpy(), whole[:, 1].numpy().astype(np.int64)
-        return classification_metrics(losses, predicted, self.labels)
+        found = self.task.metrics(whole.numpy(), self.examples)
+        if set(found.others) != set(self.task.metric_names):
+            raise TrainingError(
+                "a task must return the metrics that it names, "
+                f"{', '.join(self.task.metric_names) or 'none'}, got {', '.join(found.others) or 'none'}; "
+                "make `metrics` and `metric_names` of the task agree"
+            )
+        return found._replace(others={name: found.others[name] for name in self.task.metric_names})

@@ -318,6 +318,7 @@ def _run_info(
         module_names=tuple(module.name for module in replica.model.shapes.modules),
         label_names=replica.data.dataset.label_names,
         label_table=replica.data.label_table(),
+        metric_names=replica.task.metric_names,
     )
 
 

@@ -9,7 +9,8 @@ from mpifedlora.io.adapter_files import read_base_weights
 from mpifedlora.io.output_folder import RESULTS_FILE, RUN_FILE
 from mpifedlora.io.results import read_results
 from mpifedlora.io.run_file import read_run_file
-from mpifedlora.runtime.setup import build_base_model, quiet_libraries
+from mpifedlora.runtime.building import build_task
+from mpifedlora.runtime.setup import quiet_libraries
 from mpifedlora.training.base import Module, load_weights
 
 
@@ -21,6 +22,8 @@ def load_base_model(run_folder: str | os.PathLike[str]) -> Module:
         base = load_base_model("runs/demo")
         model = PeftModel.from_pretrained(base, "runs/demo/adapter")
         logits = model(input_ids=..., attention_mask=...).logits
+
+    The file of a task of one's own is run again, if it has not changed.
 
     A run of the whole model (`fedavg`) has no adapter: the model returned is the trained one.
 
@@ -39,5 +42,5 @@ def load_base_model(run_folder: str | os.PathLike[str]) -> Module:
     folder = Path(run_folder)
     labels = read_results(folder / RESULTS_FILE).info.label_names
     quiet_libraries()
-    base = build_base_model(read_run_file(folder / RUN_FILE).config, len(labels))
+    base, _ = build_task(read_run_file(folder / RUN_FILE).config, labels)
     return load_weights(base, read_base_weights(folder))

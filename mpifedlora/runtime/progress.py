@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -43,13 +43,14 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def format_row(row: RoundRow, num_rounds: int, left_s: float) -> str:
+def format_row(row: RoundRow, num_rounds: int, left_s: float, metric_names: Sequence[str] = ()) -> str:
     """Write one round as one line, in columns.
 
     Args:
         row: the finished round; a number that is nan is shown as `-`, an accuracy as nothing.
         num_rounds: rounds of the whole run.
         left_s: estimated seconds until the run's end, nan where not known.
+        metric_names: what else the task measures; the first is shown as well.
     """
     cells = (
         (f"{_position(row.round_num, num_rounds)}  {row.stage}", 23),
@@ -58,6 +59,7 @@ def format_row(row: RoundRow, num_rounds: int, left_s: float) -> str:
         (f"down {human_bytes(row.downlink_bytes)}", 13),
         (f"loss {_number(row.train_loss)}", 10),
         ("" if math.isnan(row.eval_accuracy) else f"accuracy {_number(row.eval_accuracy)}", 14),
+        *((f"{name} {_number(value)}", 0) for name, value in _others(row, metric_names)[:1]),
         (f"left {human_time(left_s)}", 0),
     )
     return "  ".join(text.ljust(width) for text, width in cells)
@@ -69,12 +71,13 @@ class Summary:
 
     Args:
         final: the last round that was evaluated, if any was.
-        best: the round of the best accuracy, if any was evaluated.
+        best: the round of the best accuracy, or else of the least loss, if any was evaluated.
         uplink_bytes: sent by the clients in all rounds.
         downlink_bytes: received by the clients in all rounds.
         baselines: what the bytes compare with, if known.
         wall_s: seconds that the run took.
         files: what lies where, in the order to show.
+        metric_names: what else the task measures.
     """
 
     final: RoundRow | None
@@ -84,10 +87,15 @@ class Summary:
     baselines: Baselines | None
     wall_s: float
     files: Mapping[str, str]
+    metric_names: Sequence[str] = ()
 
 
 def summarise(
-    rows: Sequence[RoundRow], *, baselines: Baselines | None, wall_s: float, files: Mapping[str, str]
+    rows: Sequence[RoundRow],
+    *,
+    baselines: Baselines | None,
+    wall_s: float,
+    files: Mapping[str, str],
 ) -> Summary:
     """Sum a run up.
 
@@ -97,16 +105,20 @@ def summarise(
         wall_s: seconds that the run took.
         files: name to path of what the run leaves behind.
     """
-    evaluated = [row for row in rows if not math.isnan(row.eval_accuracy)]
+    evaluated = [row for row in rows if not math.isnan(_goodness(row))]
     return Summary(
         final=evaluated[-1] if evaluated else None,
-        best=max(evaluated, key=lambda row: row.eval_accuracy, default=None),
+        best=max(evaluated, key=_goodness, default=None),
         uplink_bytes=sum(row.uplink_bytes for row in rows),
         downlink_bytes=sum(row.downlink_bytes for row in rows),
         baselines=baselines,
         wall_s=wall_s,
         files=files,
     )
+
+
+def _goodness(row: RoundRow) -> float:
+    return -row.eval_loss if math.isnan(row.eval_accuracy) else row.eval_accuracy
 
 
 class Progress(Callback):
@@ -123,6 +135,7 @@ class Progress(Callback):
         # Decided here: with FORCE_COLOR set rich would draw a live bar into a log file.
         self._console = console or Console(force_terminal=is_terminal(sys.stdout))
         self._num_rounds = num_rounds
+        self._metric_names: Sequence[str] = ()
         self._rounds_s: list[float] = []
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = _make_bar(self._console)
@@ -132,7 +145,7 @@ class Progress(Callback):
 
     def on_start(self, run: Run) -> None:
         """Show what runs."""
-        self._out = run.out
+        self._out, self._metric_names = run.out, run.info.metric_names
         self.start(run.announcement)
 
     def start(self, lines: Iterable[str]) -> None:
@@ -154,7 +167,7 @@ class Progress(Callback):
         self._rounds_s.append(row.round_s)
         left_s = expected_s(self._rounds_s, self._num_rounds - row.round_num)
         self._bar.update(self._task, completed=row.round_num, left=f"left {human_time(left_s)}")
-        self._say(format_row(row, self._num_rounds, left_s))
+        self._say(format_row(row, self._num_rounds, left_s, self._metric_names))
 
     def on_warning(self, text: str) -> None:
         """Show a line that wants attention."""
@@ -166,7 +179,8 @@ class Progress(Callback):
             return self.close()
         rows, num_rounds = results.rows(), self._num_rounds
         wall_s = time.perf_counter() - self._started_s
-        self.finish(summarise(rows, baselines=results.baselines, wall_s=wall_s, files=left_behind(self._out)))
+        summary = summarise(rows, baselines=results.baselines, wall_s=wall_s, files=left_behind(self._out))
+        self.finish(replace(summary, metric_names=self._metric_names))
         if results.status == "interrupted":
             self.on_warning(
                 f"interrupted after round {len(rows)} of {num_rounds}; go on with: "
@@ -229,7 +243,7 @@ def _summary_cells(summary: Summary) -> list[tuple[str, str]]:
     up, down = summary.uplink_bytes, summary.downlink_bytes
     sent = f"{human_bytes(up + down)} (up {human_bytes(up)}, down {human_bytes(down)})"
     return [
-        *_quality_cells(summary.final, summary.best),
+        *_quality_cells(summary.final, summary.best, summary.metric_names),
         ("bytes sent", sent),
         *_baseline_cells(summary.baselines),
         ("wall time", human_time(summary.wall_s)),
@@ -237,14 +251,25 @@ def _summary_cells(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _quality_cells(final: RoundRow | None, best: RoundRow | None) -> list[tuple[str, str]]:
+def _quality_cells(
+    final: RoundRow | None, best: RoundRow | None, metric_names: Sequence[str]
+) -> list[tuple[str, str]]:
     if final is None or best is None:
         return []
-    return [
-        ("final accuracy", f"{_number(final.eval_accuracy)} (round {final.round_num})"),
-        ("best accuracy", f"{_number(best.eval_accuracy)} (round {best.round_num})"),
-        ("final macro-F1", _number(final.eval_macro_f1)),
+    name, shown = ("loss", "eval_loss") if math.isnan(final.eval_accuracy) else ("accuracy", "eval_accuracy")
+    cells = [
+        (f"{when} {name}", f"{_number(getattr(row, shown))} (round {row.round_num})")
+        for when, row in (("final", final), ("best", best))
     ]
+    if not math.isnan(final.eval_macro_f1):
+        cells.append(("final macro-F1", _number(final.eval_macro_f1)))
+    others = _others(final, metric_names)
+    return cells + [(f"final {other}", _number(value)) for other, value in others]
+
+
+def _others(row: RoundRow, metric_names: Sequence[str]) -> list[tuple[str, float]]:
+    pairs = zip(metric_names, row.eval_metrics, strict=False)
+    return [(name.replace("_", " "), value) for name, value in pairs if not math.isnan(value)]
 
 
 def _baseline_cells(baselines: Baselines | None) -> list[tuple[str, str]]:

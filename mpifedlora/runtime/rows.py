@@ -40,10 +40,12 @@ def columns_by_client(report: RoundReport, num_clients: int) -> dict[str, Any]:
 
 def measured(row: RoundRow, metrics: Metrics, evaluate_s: float) -> RoundRow:
     """Return a row with what was measured of its round's model."""
+    others = tuple(metrics.others.values())
     return replace(
         row,
         eval_loss=metrics.loss,
         eval_accuracy=metrics.accuracy,
         eval_macro_f1=metrics.macro_f1,
+        eval_metrics=others,
         evaluate_s=evaluate_s,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -205,7 +206,8 @@ class Server:
     def _measure(self, plan: RoundPlan) -> Metrics:
         if self.evaluates_on_workers:
             counts = self.evaluation.counts(self.transport.num_workers)
-            return self.evaluation.metrics(self.transport.collect_predictions(counts))
+            width = len(self.evaluation.task.statistics)
+            return self.evaluation.metrics(self.transport.collect_predictions(counts, width))
         return self.evaluation.metrics([self.evaluation.predictions(self.model, plan)])
 
     def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
@@ -301,6 +303,7 @@ class Server:
             epsilon=self.epsilon(plan.round_num),
             **seconds_of_row(seconds),
             **columns_by_client(report, len(plan.workers)),
+            eval_metrics=(math.nan,) * len(self.evaluation.task.metric_names),
         )
 
     def _round_s(self) -> float:

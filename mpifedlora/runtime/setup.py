@@ -19,10 +19,12 @@ import numpy as np
 from mpifedlora.core.batches import Indices
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.partition import label_table, partition, share_alike
-from mpifedlora.core.seeding import numpy_generator, torch_seed
+from mpifedlora.core.seeding import numpy_generator
+from mpifedlora.core.tasks import label_column, value_columns
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
 from mpifedlora.io.model_files import check_model_folder, check_targets, model_path
+from mpifedlora.runtime.building import build_model, build_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +33,9 @@ if TYPE_CHECKING:
     from mpifedlora.core.plan import RoundPlan
     from mpifedlora.runtime.evaluation import Evaluation
     from mpifedlora.runtime.memory import Memory
-    from mpifedlora.training.base import BaseModel
     from mpifedlora.training.local import LocalSettings
     from mpifedlora.training.models import FederatedModel
-    from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
+    from mpifedlora.training.task import EncodedExamples, Task
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -47,7 +48,8 @@ def check_inputs(config: RunConfig) -> None:
     """
     data = config.data
     owner = data.partition_column if data.partition == "column" else None
-    check_source(data.source, data.test_source, data.text_column, data.label_column, owner)
+    columns, label = value_columns(config.task, data), label_column(config.task, data)
+    check_source(data.source, data.test_source, columns, label, owner)
     path = model_path(config.model.name)
     check_model_folder(path)
     if config.privacy.clip_norm is not None:
@@ -79,8 +81,8 @@ def read_data(config: RunConfig) -> FederatedData:
     data, federation = config.data, config.federation
     dataset = read_dataset(
         data.source,
-        text_column=data.text_column,
-        label_column=data.label_column,
+        columns=value_columns(config.task, data),
+        label_column=label_column(config.task, data),
         test_source=data.test_source,
         test_fraction=data.test_fraction,
         validation_fraction=data.validation_fraction,
@@ -106,7 +108,7 @@ class Replica:
 
     Args:
         model: base model with LoRA layers.
-        task: texts to tokens, logits to losses.
+        task: examples to numbers, and what is measured.
         evaluation: what is reported.
         held_out: what a measured rank schedule goes by, on the server.
         data: and who owns it.
@@ -115,7 +117,7 @@ class Replica:
     """
 
     model: FederatedModel
-    task: ClassificationTask
+    task: Task
     evaluation: Evaluation
     held_out: Evaluation
     data: FederatedData
@@ -129,12 +131,12 @@ class Replica:
         return layout.factors(flat), layout.whole_tensors(flat)
 
     def examples_of(self) -> Callable[[int], EncodedExamples]:
-        """Return a function that gives a client's examples; all are tokenised when one is first needed."""
+        """Return a function that gives a client's examples; all are encoded when one is first needed."""
 
         @cache
         def encoded() -> EncodedExamples:
             train = self.data.dataset.train
-            return self.task.encode(train.texts, train.labels)
+            return self.task.encode(train.columns, train.labels)
 
         @cache
         def take(client_id: int) -> EncodedExamples:
@@ -156,16 +158,13 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
         AdapterError: if the model cannot be loaded or a target module matches nothing.
     """
     from mpifedlora.io.client_store import ClientStore
-    from mpifedlora.io.token_cache import cached_tokens
     from mpifedlora.runtime.memory import Memory
     from mpifedlora.training.local import LocalSettings
-    from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
-    model = build_model(config, len(data.dataset.label_names), device)
+    base, task = build_task(config, data.dataset.label_names, device)
+    model = build_model(config, base, device)
     if config.training.compile:
         model.compile()
-    tokenizer = load_tokenizer(model_path(config.model.name))
-    task = ClassificationTask(tokenizer, config.data.max_length, device, cached_tokens)
     memory = Memory(ClientStore(states_folder))
     training = config.training
     return Replica(
@@ -191,9 +190,7 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
     )
 
 
-def _evaluation(
-    config: RunConfig, data: FederatedData, task: ClassificationTask, memory: Memory
-) -> Evaluation:
+def _evaluation(config: RunConfig, data: FederatedData, task: Task, memory: Memory) -> Evaluation:
     from mpifedlora.runtime.evaluation import Evaluation
 
     examples = _evaluation_examples(config, data.dataset)
@@ -201,46 +198,14 @@ def _evaluation(
     if config.evaluation.model == "personal":
         parts = share_alike(data.label_table(), examples.labels, config.federation.seed, "evaluation-parts")
     batch_size, precision = config.evaluation.batch_size, config.training.precision
-    return Evaluation(task, examples.texts, examples.labels, batch_size, precision, parts, memory.recall)
+    return Evaluation(task, examples, batch_size, precision, parts, memory.recall)
 
 
-def _held_out(config: RunConfig, data: FederatedData, task: ClassificationTask) -> Evaluation:
+def _held_out(config: RunConfig, data: FederatedData, task: Task) -> Evaluation:
     from mpifedlora.runtime.evaluation import Evaluation
 
     examples = data.dataset.validation
-    batch_size, precision = config.evaluation.batch_size, config.training.precision
-    return Evaluation(task, examples.texts, examples.labels, batch_size, precision)
-
-
-def build_model(config: RunConfig, num_labels: int, device: str = "cpu") -> FederatedModel:
-    """Load the base model, put a head and LoRA layers on it."""
-    from mpifedlora.training.models import FederatedModel
-
-    lora = config.lora
-    return FederatedModel(
-        build_base_model(config, num_labels),
-        rank_max=lora.rank_max,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        device=device,
-        seed=config.federation.seed,
-    )
-
-
-def build_base_model(config: RunConfig, num_labels: int) -> BaseModel:
-    """Load the pre-trained model and put a fresh head on it."""
-    from mpifedlora.training.base import build_base
-
-    return build_base(
-        model_path(config.model.name),
-        num_labels=num_labels,
-        head=config.model.head,
-        dtype=config.model.dtype,
-        dropout=config.model.dropout,
-        seed=torch_seed(config.federation.seed, "head"),
-    )
+    return Evaluation(task, examples, config.evaluation.batch_size, config.training.precision)
 
 
 def _evaluation_examples(config: RunConfig, dataset: Dataset) -> Examples:

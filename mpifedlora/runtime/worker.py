@@ -78,7 +78,7 @@ class Worker:
         return self._plan
 
     def predictions(self) -> Tensor:
-        """Measure this worker's part of the examples, (examples, 2) float32."""
+        """Measure this worker's part of the examples, (examples, statistics) float32."""
         return self.replica.evaluation.predictions(self.model, self.plan, self.worker_id, self.num_workers)
 
     def train(self) -> UpdateRows:

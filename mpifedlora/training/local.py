@@ -17,7 +17,7 @@ from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.privacy import clip
 from mpifedlora.core.seeding import numpy_generator, torch_seed
 from mpifedlora.training.models import FederatedModel
-from mpifedlora.training.tasks import ClassificationTask, EncodedExamples
+from mpifedlora.training.task import EncodedExamples, Task
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DeadlinePassed(Exception):
 
 def train_client(
     model: FederatedModel,
-    task: ClassificationTask,
+    task: Task,
     examples: EncodedExamples,
     settings: LocalSettings,
     plan: RoundPlan,
@@ -78,7 +78,7 @@ def train_client(
 
     Args:
         model: bound to this client's values until the next call.
-        task: tokens to batches, logits to loss.
+        task: examples to batches, outputs to loss.
         examples: of the client, at least one.
         settings: of the run.
         plan: of the round.
@@ -149,7 +149,7 @@ def _drift(
 
 def _steps(
     model: FederatedModel,
-    task: ClassificationTask,
+    task: Task,
     examples: EncodedExamples,
     settings: LocalSettings,
     plan: RoundPlan,
@@ -168,11 +168,11 @@ def _steps(
     for indices in _batches(examples, settings, plan.round_num, client_id):
         if is_late():
             raise DeadlinePassed
-        batch, labels = task.collate(examples, indices)
+        inputs, targets = task.collate(examples, indices)
         grad.zero_()
         with _autocast(settings.precision, model.device):
-            logits = model(batch)
-        loss = task.loss(logits, labels)
+            outputs = model(inputs)
+        loss = task.loss(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         if plan.mu:
@@ -244,7 +244,7 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
 
 def predict(
     model: FederatedModel,
-    task: ClassificationTask,
+    task: Task,
     examples: EncodedExamples,
     batches: Iterable[Indices],
     precision: str,
@@ -253,18 +253,16 @@ def predict(
 
     Args:
         model: bound to the values to measure.
-        task: tokens to batches, logits to losses.
+        task: what is measured.
         examples: where the batches point to.
         batches: index arrays.
         precision: `float32` or `bfloat16`.
 
     Returns:
-        (examples, 2) float32: loss and predicted label, in the order of the batches.
+        (examples, statistics) float32, in the order of the batches.
     """
     model.train(False)
-    parts = [torch.empty(0, 2)]
+    parts = [torch.empty(0, len(task.statistics))]
     with torch.inference_mode(), _autocast(precision, model.device):
-        for indices in batches:
-            batch, labels = task.collate(examples, indices)
-            parts.append(task.predictions(model(batch), labels))
+        parts += [task.measure(model, *task.collate(examples, indices)) for indices in batches]
     return torch.cat(parts)

@@ -296,7 +296,7 @@ class FederatedModel:
         }
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return logits (examples, num_labels)."""
+        """Return the base model's logits, of a classifier (examples, num_labels)."""
         is_compiled = self._compiled is not None and self.peft_model.training
         logits: Tensor = (self._compiled if is_compiled else self.peft_model)(**batch).logits
         return logits

@@ -1,12 +1,12 @@
-"""Sequence classification: texts to tokens, tokens to padded batches, logits to loss."""
+"""The tasks that come with the package, and how one of them, or a user's own, is built.
+
+A builder takes a `TaskSetup` and returns the base model with its head, and the task. A new task is one more
+builder in `TASKS`, and its name and columns in `mpifedlora.core.tasks`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,123 +15,80 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Indices = npt.NDArray[np.int64]
-Tokens = tuple[npt.NDArray[np.int32], Indices]
-Tokenize = Callable[[Sequence[str]], Tokens]
+from mpifedlora.core.metrics import Metrics, classification_metrics
+from mpifedlora.errors import AdapterError, MpiFedLoraError
+from mpifedlora.training.base import BaseModel
+from mpifedlora.training.task import (
+    EncodedExamples,
+    Model,
+    Task,
+    TaskSetup,
+    TextTask,
+    load_tokenizer,
+)
+
+__all__ = ["TASKS", "ClassificationTask", "build_task", "load_tokenizer"]
+
+Builder = Callable[[TaskSetup], tuple[BaseModel, Task]]
 
 
-@dataclass(frozen=True)
-class EncodedExamples:
-    """Token ids of some texts, in one array that other sets of examples may share.
+class ClassificationTask(TextTask):
+    """Cross-entropy on one label a text."""
 
-    Args:
-        tokens: (total tokens,) int32, in memory or mapped from a file.
-        starts: (num_examples,) int64, text i is tokens[starts[i]:starts[i] + lengths[i]].
-        lengths: tokens of each text (num_examples,) int64.
-        labels: (num_examples,) int64.
-    """
+    statistics: tuple[str, ...] = ("loss", "predicted")
 
-    tokens: npt.NDArray[np.int32]
-    starts: Indices
-    lengths: Indices
-    labels: Indices
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: Indices) -> EncodedExamples:
-        """Return some of the examples, over the same tokens."""
-        return EncodedExamples(self.tokens, self.starts[indices], self.lengths[indices], self.labels[indices])
-
-
-class ClassificationTask:
-    """Cross-entropy on one label a text.
-
-    Args:
-        tokenizer: of the base model (a transformers fast tokenizer).
-        max_length: tokens a text is cut to.
-        device: where batches go.
-        cache: returns `tokenize(texts)`, or what that gave before for equal texts and `settings`.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int,
-        device: str = "cpu",
-        cache: Callable[[Sequence[str], str, Tokenize], Tokens] | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.device = torch.device(device)
-        self.pad_token_id = tokenizer.pad_token_id or 0
-        # What any other kind of tokenizer depends on cannot be told.
-        self._cache = cache if hasattr(tokenizer, "backend_tokenizer") else None
-
-    def encode(self, texts: Sequence[str], labels: Indices) -> EncodedExamples:
-        """Tokenise texts, each cut to max_length tokens, or take what the cache has of them."""
-        if self._cache is None:
-            tokens, lengths = self.tokenize(texts)
-        else:
-            tokens, lengths = self._cache(texts, self.settings, self.tokenize)
-        return EncodedExamples(tokens, np.cumsum(lengths) - lengths, lengths, labels)
-
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Return all token ids (total tokens,) int32, and the number of each text's (num_texts,) int64."""
-        if not len(texts):
-            return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        ids = self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False
-        )["input_ids"]
-        # A tokenizer without special tokens leaves nothing of an empty text, which no model takes.
-        ids = [row or [self.pad_token_id] for row in ids]
-        return np.concatenate(ids).astype(np.int32), np.array([len(row) for row in ids], np.int64)
-
-    @cached_property
-    def settings(self) -> str:
-        """All that the tokens of a text depend on."""
-        serialised = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for state in ("truncation", "padding"):  # of the last call
-            del serialised[state]
-        options = [self.max_length, self.tokenizer.truncation_side, self.pad_token_id]
-        splits = getattr(self.tokenizer, "split_special_tokens", False)
-        libraries = [version("tokenizers"), version("transformers")]
-        return json.dumps([*options, splits, *libraries, serialised])
-
-    def collate(self, examples: EncodedExamples, indices: Indices) -> tuple[dict[str, Tensor], Tensor]:
-        """Pad some examples to the longest of them.
-
-        Returns:
-            The model's inputs, `input_ids` and `attention_mask` (examples, tokens) int64, and labels.
-        """
-        lengths = examples.lengths[indices]
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        starts = np.repeat(examples.starts[indices] - np.cumsum(lengths) + lengths, lengths)
-        ids = np.full(mask.shape, self.pad_token_id, np.int64)
-        ids[mask] = examples.tokens[starts + np.arange(len(starts))]
-        batch = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        }
-        labels = torch.from_numpy(examples.labels[indices])
-        on_device = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        return on_device, labels.to(self.device, non_blocking=True)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy of a batch, in float32."""
-        return functional.cross_entropy(logits.float(), labels)
+        return functional.cross_entropy(outputs.float(), targets)
 
-    def predictions(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def measure(self, model: Model, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
         """Return (examples, 2) float32: each example's loss and predicted label."""
-        losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+        logits = model(inputs)
+        losses = functional.cross_entropy(logits.float(), targets, reduction="none")
         return torch.stack([losses, logits.argmax(dim=1).float()], dim=1).cpu()
 
+    def metrics(self, statistics: npt.NDArray[np.float32], examples: EncodedExamples) -> Metrics:
+        """Return loss, accuracy and macro-F1."""
+        return classification_metrics(statistics[:, 0], statistics[:, 1].astype(np.int64), examples.labels)
 
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer that belongs to a model folder or hub name."""
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def classification(setup: TaskSetup) -> tuple[BaseModel, Task]:
+    """Build an encoder with a linear head, and the classification of texts."""
+    task = ClassificationTask(setup.tokenizer(), setup.max_length, setup.device, setup.cache)
+    return setup.classifier(), task
+
+
+TASKS: dict[str, Builder] = {"classification": classification}
+
+
+def build_task(name: str, builder: Callable[..., Any], setup: TaskSetup) -> tuple[BaseModel, Task]:
+    """Build a task and its base model.
+
+    Args:
+        name: what the run file calls it.
+        builder: one of `TASKS`, or a user's.
+        setup: what it is given.
+
+    Raises:
+        AdapterError: if a user's builder raises or returns anything else.
+    """
+    try:
+        base, task = builder(setup)
+    except MpiFedLoraError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise AdapterError(
+            f"the builder of a task must return its base model and the task, got {type(error).__name__}: "
+            f"{error} ({name}); see docs/tasks.md"
+        ) from error
+    missing = [member for member in _MEMBERS if not hasattr(task, member)]
+    if missing or not isinstance(base, BaseModel):
+        got = f"a task without {', '.join(missing)}" if missing else f"a {type(base).__name__} as base model"
+        raise AdapterError(
+            f"a task must have {', '.join(_MEMBERS)}, and its builder return (BaseModel, task), got {got} "
+            f"({name}); see docs/tasks.md"
+        )
+    return base, task
+
+
+_MEMBERS = ("statistics", "metric_names", "encode", "collate", "loss", "measure", "metrics")

@@ -63,7 +63,7 @@ class TrainsClients(Protocol):
         """Take a plan and the bytes of its message."""
 
     def predictions(self) -> Tensor:
-        """Return (examples, 2) float32, loss and predicted label of this worker's test examples."""
+        """Return (examples, statistics) float32 of this worker's test examples."""
 
     def train(self) -> UpdateRows:
         """Train this worker's clients of the round, and return their rows, or the sum of them."""
@@ -80,8 +80,8 @@ class ServerTransport(Protocol):
     def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         """Send a plan and the bytes of its message to every worker."""
 
-    def collect_predictions(self, counts: Sequence[int]) -> list[Tensor]:
-        """Return each worker's (counts[worker_id], 2) float32 losses and labels."""
+    def collect_predictions(self, counts: Sequence[int], width: int = 2) -> list[Tensor]:
+        """Return each worker's (counts[worker_id], width) float32 statistics."""
 
     def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
         """Wait until all workers have trained; return their clients' headers, by worker and client."""
@@ -112,7 +112,7 @@ class WorkerTransport(Protocol):
         """Wait for the next plan and its message's bytes, which hold until the next receive."""
 
     def submit_predictions(self, predictions: Tensor) -> None:
-        """Send (examples, 2) float32 losses and labels."""
+        """Send (examples, statistics) float32."""
 
     def submit(self, rows: UpdateRows) -> None:
         """Send the rows of this worker's clients, or their sum."""

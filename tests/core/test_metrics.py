@@ -52,12 +52,12 @@ def test_the_order_of_examples_does_not_matter(pairs: Pairs, random: Random) -> 
 def test_hand_sized() -> None:
     # Label 0: precision 1/1, recall 1/2; label 2: 0 of 1 and 0 of 1; label 5: precision 1/2, recall 1/1.
     metrics = measure([(0, 0), (2, 0), (5, 5), (5, 2)], [1.0, 2.0, 3.0, 6.0])
-    assert metrics == pytest.approx((3.0, 0.5, (2 / 3 + 0 + 2 / 3) / 3))
+    assert metrics[:3] == pytest.approx((3.0, 0.5, (2 / 3 + 0 + 2 / 3) / 3))
 
 
 def test_perfect_and_wholly_wrong() -> None:
-    assert measure([(3, 3), (1, 1)])[1:] == (1.0, 1.0)
-    assert measure([(3, 1), (1, 3)])[1:] == (0.0, 0.0)
+    assert measure([(3, 3), (1, 1)])[1:3] == (1.0, 1.0)
+    assert measure([(3, 1), (1, 3)])[1:3] == (0.0, 0.0)
 
 
 def test_many_losses_are_summed_in_double_precision() -> None:

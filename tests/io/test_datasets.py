@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mpifedlora.errors import DataError
 from mpifedlora.io import data_fetch
-from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
+from mpifedlora.io.datasets import TEXT, Dataset, Examples, check_source, read_dataset
 from mpifedlora.io.row_streams import PACKAGED_TEXTS
 
 ROWS = [
@@ -78,7 +78,7 @@ def many(num_examples: int, num_labels: int = 2) -> list[Row]:
 
 
 def check(source: str, **columns: str) -> None:
-    wanted: dict[str, Any] = {"text_column": "text", "label_column": "label", "partition_column": None}
+    wanted: dict[str, Any] = {"columns": TEXT, "label_column": "label", "partition_column": None}
     check_source(source, None, **(wanted | columns))
 
 
@@ -160,8 +160,8 @@ def test_labels_only_seen_in_testing_have_names(write: Write) -> None:
 
 def test_other_columns_are_found_by_name(write: Write) -> None:
     source = write(ROWS, names=("body", "kind", "text"))
-    check(source, text_column="body", label_column="kind")
-    dataset = read_dataset(source, text_column="body", label_column="kind", test_source=source)
+    check(source, columns={"text": "body"}, label_column="kind")
+    dataset = read_dataset(source, columns={"text": "body"}, label_column="kind", test_source=source)
     assert dataset.train.texts[0] == "buy now"
 
 
@@ -269,7 +269,7 @@ def test_any_change_changes_the_digest(tmp_path: Path, changed: list[Row]) -> No
 
 
 def test_take_keeps_the_order_of_the_indices() -> None:
-    examples = Examples(("a", "b", "c"), np.array([0, 1, 2]))
+    examples = Examples({"text": ("a", "b", "c")}, np.array([0, 1, 2]))
     taken = examples.take([2, 0])
     assert (len(taken), taken.texts, taken.labels.tolist()) == (2, ("c", "a"), [2, 0])
     assert len(examples.take(np.array([], np.int64))) == len(examples.take([])) == 0
@@ -293,13 +293,13 @@ def test_a_missing_file_is_told_from_a_hub_name(
 def test_a_missing_test_file_is_found_by_the_check(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "x.csv", ROWS)
     with pytest.raises(DataError, match=r"a file that does not exist .*absent.csv"):
-        check_source(source, str(tmp_path / "absent.csv"), "text", "label", None)
+        check_source(source, str(tmp_path / "absent.csv"), TEXT, "label", None)
 
 
 def test_the_test_part_needs_no_owners(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "x.csv", ROWS)
     test = write_csv(tmp_path / "y.csv", [("a", "ham")], names=("text", "label"))
-    check_source(train, test, "text", "label", "user")
+    check_source(train, test, TEXT, "label", "user")
     assert len(read_dataset(train, test_source=test, partition_column="user").test) == 1
 
 
@@ -312,10 +312,10 @@ def test_a_folder_and_an_unknown_type_are_refused(tmp_path: Path, write_text: Wr
     ("columns", "message"),
     [
         (
-            {"text_column": "txt"},
+            {"columns": {"text": "txt"}},
             "text_column must name a column, got 'txt' where there are 'text', 'label', 'user'",
         ),
-        ({"text_column": "txt"}, "did you mean 'text'"),
+        ({"columns": {"text": "txt"}}, "did you mean 'text'"),
         ({"label_column": "LABEL"}, "label_column must name a column, got 'LABEL' .*; did you mean 'label'"),
         (
             {"partition_column": "hospital"},
@@ -529,7 +529,7 @@ def test_hub_errors_name_source_and_parts(hub: dict[str, Any]) -> None:
         read_dataset("x")
     hub["x"] = {"train": hub_part([0, 1])}
     with pytest.raises(DataError, match=r"got 'body' where there are 'text', 'label' \(x\)"):
-        read_dataset("x", text_column="body")
+        read_dataset("x", columns={"text": "body"})
 
 
 def test_a_hub_name_without_the_package_names_the_remedies(monkeypatch: pytest.MonkeyPatch) -> None:

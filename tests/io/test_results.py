@@ -55,6 +55,7 @@ def make_info(**changes: Any) -> RunInfo:
         "startup_s": 12.25,
         "module_names": MODULES,
         "label_names": ("sport", "Вибори"),
+        "metric_names": ("perplexity",),
         "label_table": np.arange(NUM_CLIENTS * 2).reshape(NUM_CLIENTS, 2),
     }
     return RunInfo(**(values | changes))
@@ -71,6 +72,8 @@ def make_row(round_num: int = 1, **changes: Any) -> RoundRow:
     for column in COLUMNS:
         if column.axis == "clients":
             values[column.name] = np.full(NUM_CLIENTS, shapes[column.dtype], column.dtype)
+        elif column.axis == "metrics":
+            values[column.name] = (round_num / 2,)
         elif not column.axis:
             values[column.name] = shapes[column.dtype]
     return RoundRow(**(values | {"stage": "annealing", "module_ranks": (round_num, 2)} | changes))
@@ -109,13 +112,15 @@ class TestRoundTrip:
     def test_plain_h5py_sees_the_documented_names(self, tmp_path: Path) -> None:
         write_rounds(tmp_path / "results.h5", 3)
         with h5py.File(tmp_path / "results.h5") as file:
-            assert (file.attrs["format_version"], file.attrs["status"]) == (4, "running")
+            assert (file.attrs["format_version"], file.attrs["status"]) == (5, "running")
             assert file["rounds/uplink_bytes"].shape == (3,)
             assert file["rounds/stage"][0] == b"annealing"
             assert file["rounds/module_ranks"].shape == (3, 2)
             assert list(file["rounds/module_ranks"].attrs["module_names"]) == list(MODULES)
             names = {"num_examples", "train_loss", "train_s", "participated", "outcome"}
             assert set(file["clients"]) == names
+            assert file["rounds/eval_metrics"][:].tolist() == [[0.5], [1.0], [1.5]]
+            assert list(file["rounds/eval_metrics"].attrs["metric_names"]) == ["perplexity"]
             assert file["clients/outcome"].shape == (3, NUM_CLIENTS)
             assert file["clients/outcome"][0].tolist() == [b"used"] * NUM_CLIENTS
             assert file["rounds/epsilon"][:].tolist() == [0.5, 1.0, 1.5]
@@ -200,6 +205,7 @@ by_kind: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("int64", ""): counts,
     ("float64", ""): floats,
     ("S16", ""): st.sampled_from(["initiating", "annealing"]),
+    ("float64", "metrics"): st.tuples(floats),
     ("int32", "modules"): st.tuples(*[st.integers(0, 2**31 - 1)] * len(MODULES)),
     ("int64", "clients"): st.lists(counts, min_size=NUM_CLIENTS, max_size=NUM_CLIENTS).map(np.array),
     ("float64", "clients"): st.lists(floats, min_size=NUM_CLIENTS, max_size=NUM_CLIENTS).map(np.array),
@@ -271,10 +277,10 @@ class TestRefusals:
             file["x"] = 1
         with pytest.raises(CheckpointError, match="another HDF5 file"):
             read_results(path)
-        for version in (3, 5):
+        for version in (4, 6):
             with h5py.File(path, "a") as file:
                 file.attrs["format_version"] = version
-            with pytest.raises(CheckpointError, match=f"must be 4, got {version}"):
+            with pytest.raises(CheckpointError, match=f"must be 5, got {version}"):
                 read_results(path)
 
     @pytest.mark.parametrize("name", ["rounds/uplink_bytes", "clients", "label_table"])

@@ -328,7 +328,7 @@ def test_wrong_keys_and_values(read: Read, line: str, message: str) -> None:
         ("num_rounds = 3\n" + MINIMAL, ["got num_rounds (run.toml); num_rounds belongs in [federation]"]),
         ("alpha = 3\n" + MINIMAL, ["alpha belongs in [data] or [lora]"]),
         (MINIMAL + "[lorra]\n", ["known tables only, got [lorra] (run.toml); did you mean lora?"]),
-        (MINIMAL + "[zzz]\n", ["known tables are model, data, federation"]),
+        (MINIMAL + "[zzz]\n", ["known tables are model, data, task, federation"]),
         (MINIMAL + "[annealing]\nschedule = 'cubik'\n", ['got "cubik"', "did you mean cubic?"]),
         (MINIMAL + "[annealing]\ncut = 'zzz'\n", ['one of "drop", "freeze", got "zzz"', "choose one"]),
         (MINIMAL + "[federation]\nmethod = 3\n", ['federation.method must be one of "sa-fedlora"', "got 3"]),
@@ -401,6 +401,8 @@ def values_of(schema: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(option["enum"])
     if option["type"] == "array":
         return st.lists(values_of(option["items"]), min_size=1, max_size=3)
+    if option["type"] == "object":
+        return st.dictionaries(text_values({}), st.integers() | text_values({}), max_size=2)
     simple = {"boolean": st.booleans(), "string": text_values(option), "integer": st.integers(2, 9)}
     if option["type"] != "number":
         return simple[option["type"]]
@@ -421,12 +423,13 @@ def tables_of(section: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _is_required(schema: Any) -> bool:
-    return "default" not in schema and schema.get("type") != "array"
+    return "default" not in schema and schema.get("type") not in ("array", "object")
 
 
 # Keys that the rules between the tables tie to each other, and what goes together of them.
 TIED = (
-    "model.dtype federation.sampling lora.client_ranks lora.client_capacities initiating.scope "
+    "task.name task.sha256 task.options data.columns model.dtype federation.sampling lora.client_ranks "
+    "lora.client_capacities initiating.scope "
     "annealing.allocation aggregation.kind aggregation.weights aggregation.robust aggregation.norm_bound "
     "training.scope training.personal training.control_variates server_optimizer.kind privacy.clip_norm "
     "privacy.noise_multiplier evaluation.model training.compile transport.collect transport.uplink_dtype "

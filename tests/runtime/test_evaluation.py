@@ -26,7 +26,7 @@ def examples(tiny_csv):
 
 @pytest.fixture(scope="module")
 def evaluation(task, examples):
-    return Evaluation(task, examples.texts, examples.labels, batch_size=4, precision="float32")
+    return Evaluation(task, examples, batch_size=4, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_metrics_are_those_of_single_examples(evaluation, model):
     model.bind(make_plan(model), model.state)
     model.train(False)
     losses, hits = [], []
-    for index, label in enumerate(evaluation.labels):
+    for index, label in enumerate(evaluation.raw.labels):
         batch, labels = evaluation.task.collate(evaluation.examples, np.array([index]))
         with torch.no_grad():
             logits = model(batch)
@@ -89,7 +89,7 @@ def test_texts_are_tokenised_once_and_only_where_they_are_measured(task, example
     calls = []
     encode = task.encode
     monkeypatch.setattr(task, "encode", lambda *given: calls.append(1) or encode(*given))
-    evaluation = Evaluation(task, examples.texts, examples.labels, 4, "float32")
+    evaluation = Evaluation(task, examples, 4, "float32")
     assert evaluation.counts(3) == [8, 8, 5]
     assert calls == []
     assert len(evaluation.batches) == 6
@@ -128,7 +128,7 @@ def kept(model, personal_plan):
 @pytest.fixture
 def personal(task, examples, kept):
     parts = [np.array(owned, dtype=np.int64) for owned in OWNED]
-    return Evaluation(task, examples.texts, examples.labels, 4, "float32", parts, kept)
+    return Evaluation(task, examples, 4, "float32", parts, kept)
 
 
 def test_personal_batches_hold_each_example_once_and_one_client(personal):
@@ -181,8 +181,8 @@ def test_each_client_is_measured_with_its_own_b(tiny_model_folder, personal, mod
                 predicted[index] = logits.argmax()
     metrics = personal.metrics(parts_of(personal, model, 2, personal_plan))
     assert metrics.loss == pytest.approx(losses.mean(), rel=1e-4)
-    assert metrics.accuracy == pytest.approx((predicted == personal.labels).mean())
-    shared = Evaluation(personal.task, personal.texts, personal.labels, 4, "float32")
+    assert metrics.accuracy == pytest.approx((predicted == personal.raw.labels).mean())
+    shared = Evaluation(personal.task, personal.raw, 4, "float32")
     common = shared.metrics([shared.predictions(model, personal_plan)])
     assert abs(common.loss - metrics.loss) > 0.01  # one B for all is something else
 
@@ -204,7 +204,7 @@ def test_measuring_own_models_does_not_change_the_state(personal, model, persona
 def test_clients_without_any_example_leave_empty_predictions(task, examples, model, personal_plan, kept):
     none = examples.take(range(0))
     parts = [np.zeros(0, np.int64)] * 4
-    evaluation = Evaluation(task, none.texts, none.labels, 4, "float32", parts, kept)
+    evaluation = Evaluation(task, none, 4, "float32", parts, kept)
     assert evaluation.counts(2) == [0, 0]
     assert evaluation.predictions(model, personal_plan).shape == (0, 2)
     assert kept.asked == []

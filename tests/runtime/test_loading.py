@@ -59,7 +59,7 @@ class Finished:
         self.replica, self.coordinator = replica, coordinator
         self.evaluation = replica.evaluation
         self.accuracy = read_results(out / "results.h5").rounds["eval_accuracy"][-1]
-        everything = np.arange(len(self.evaluation.labels))
+        everything = np.arange(len(self.evaluation.raw.labels))
         self.batch, self.labels = self.evaluation.task.collate(self.evaluation.examples, everything)
         model, plan = replica.model, coordinator.next_plan
         model.bind(plan, coordinator.state)

@@ -89,13 +89,13 @@ def test_readme_recipe_gives_the_logits_of_the_federated_model(tmp_path):
     config = read_run_file(out / "run.toml").config
     tokenizer = load_tokenizer(setup.model_path("minilm"))
     replica = setup.build_replica(config, setup.read_data(config), "cpu", out / "client_states")
-    texts = list(replica.evaluation.texts)
+    texts = list(replica.evaluation.raw.texts)
     batch = tokenizer(
         texts, truncation=True, max_length=config.data.max_length, padding=True, return_tensors="pt"
     )
     with torch.inference_mode():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    labels = torch.from_numpy(replica.evaluation.labels)
+    labels = torch.from_numpy(replica.evaluation.raw.labels)
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert accuracy == pytest.approx(results.rounds["eval_accuracy"][-1])

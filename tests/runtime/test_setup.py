@@ -101,9 +101,9 @@ def test_every_example_of_the_test_part_is_measured_with_the_global_model(tiny_r
     (share,) = replica.evaluation.shares
     assert share.client_id is None
     assert share.indices.tolist() == list(range(len(replica.data.dataset.test)))
-    assert list(replica.evaluation.texts) == list(replica.data.dataset.test.texts)
-    assert list(replica.held_out.texts) == list(replica.data.dataset.validation.texts)
-    assert len(replica.held_out.labels) == 24  # a quarter of 120 less 24 of testing
+    assert list(replica.evaluation.raw.texts) == list(replica.data.dataset.test.texts)
+    assert list(replica.held_out.raw.texts) == list(replica.data.dataset.validation.texts)
+    assert len(replica.held_out.raw.labels) == 24  # a quarter of 120 less 24 of testing
     assert replica.settings.clip_norm == 0.5
     assert not (tmp_path / "client_states").exists()
 
@@ -118,8 +118,8 @@ def test_personal_models_share_the_test_part_out_by_their_mix_of_labels(tiny_run
     measured = np.concatenate([share.indices for share in shares])
     assert sorted(measured.tolist()) == list(range(len(replica.data.dataset.test)))
     owned = replica.data.label_table()
-    shared = label_table([share.indices for share in shares], replica.evaluation.labels, 3)
-    proportional = owned / owned.sum(axis=0) * np.bincount(replica.evaluation.labels, minlength=3)
+    shared = label_table([share.indices for share in shares], replica.evaluation.raw.labels, 3)
+    proportional = owned / owned.sum(axis=0) * np.bincount(replica.evaluation.raw.labels, minlength=3)
     assert (abs(shared - proportional) < 1).all()
     # Measured with a quarter of the examples: it is a share of those.
     fewer = replica_of(tiny_run_file, tmp_path, "federation.method=fedsa-lora", "evaluation.max_examples=6")
@@ -157,7 +157,7 @@ def test_all_examples_are_tokenised_once_when_a_client_is_first_trained(tiny_run
     assert len(calls) == 1
     train, owned = replica.data.dataset.train, replica.data.parts[2]
     assert first.labels.tolist() == train.labels[owned].tolist()
-    alone = encode([train.texts[i] for i in owned], train.labels[owned])
+    alone = encode({"text": [train.texts[i] for i in owned]}, train.labels[owned])
     everything = np.arange(len(owned))
     got, wanted = (replica.task.collate(examples, everything)[0] for examples in (first, alone))
     assert torch.equal(got["input_ids"], wanted["input_ids"])

@@ -41,12 +41,12 @@ def task(tiny_model_folder):
 @pytest.fixture(scope="module")
 def examples(task, tiny_csv):
     train = read_dataset(str(tiny_csv)).train
-    return task.encode(train.texts, train.labels)
+    return task.encode(train.columns, train.labels)
 
 
 @pytest.fixture(scope="module")
 def few(task):
-    return task.encode(["ba da", "bas bef ka"], np.array([0, 2]))
+    return task.encode({"text": ["ba da", "bas bef ka"]}, np.array([0, 2]))
 
 
 @pytest.fixture
@@ -456,7 +456,7 @@ def test_a_client_with_fewer_examples_than_a_batch_gives_all_of_them(model, tiny
 
 @pytest.mark.parametrize(("num_epochs", "num_steps"), [(None, 3), (1, 3), (2, 6)])
 def test_local_epochs_are_passes_over_the_examples(model, task, num_epochs, num_steps):
-    ten = task.encode([f"ba da {word}" for word in ["ka"] * 10], np.arange(10) % 3)
+    ten = task.encode({"text": [f"ba da {word}" for word in ["ka"] * 10]}, np.arange(10) % 3)
     plan = make_plan(model, learning_rate=1e-3)
     start(model, plan)
     settings = replace(SETTINGS, local_steps=None, local_epochs=num_epochs)

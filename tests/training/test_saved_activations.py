@@ -38,7 +38,7 @@ def task(tiny_model_folder):
 @pytest.fixture(scope="module")
 def examples(task):
     """Three texts of 5 tokens each."""
-    return task.encode(["ba da ka", "bas bef ka", "da da da"], np.array([0, 2, 1]))
+    return task.encode({"text": ["ba da ka", "bas bef ka", "da da da"]}, np.array([0, 2, 1]))
 
 
 def train_one_step(model, task, examples, settings=ONE_STEP, **fields):

@@ -34,8 +34,8 @@ def test_a_clients_examples_are_those_of_its_texts_alone(task, texts, data):
     places = st.lists(st.integers(0, len(texts) - 1), min_size=1, max_size=8, unique=True)
     owned = np.array(data.draw(places), np.int64)
     labels = labels_for(texts)
-    whole = task.encode(texts, labels)
-    mine, alone = whole.take(owned), task.encode([texts[i] for i in owned], labels[owned])
+    whole = task.encode({"text": texts}, labels)
+    mine, alone = whole.take(owned), task.encode({"text": [texts[i] for i in owned]}, labels[owned])
     assert mine.tokens is whole.tokens
     assert len(mine) == len(owned)
     assert mine.lengths.tolist() == alone.lengths.tolist()
@@ -50,7 +50,7 @@ def test_a_clients_examples_are_those_of_its_texts_alone(task, texts, data):
 def test_batches_are_what_the_tokenizer_itself_pads(task, tokenizer, texts, data):
     places = st.integers(0, len(texts) - 1)
     indices = np.array(data.draw(st.lists(places, min_size=1, max_size=8)), np.int64)
-    batch, labels = task.collate(task.encode(texts, labels_for(texts)), indices)
+    batch, labels = task.collate(task.encode({"text": texts}, labels_for(texts)), indices)
     expected = tokenizer(
         [texts[i] for i in indices], padding=True, truncation=True, max_length=12, return_tensors="pt"
     )
@@ -61,7 +61,7 @@ def test_batches_are_what_the_tokenizer_itself_pads(task, tokenizer, texts, data
 
 
 def test_texts_are_cut_to_max_length(task):
-    encoded = task.encode([" ".join(WORDS[:30]), "ba"], labels_for("ab"))
+    encoded = task.encode({"text": [" ".join(WORDS[:30]), "ba"]}, labels_for("ab"))
     assert encoded.lengths.tolist() == [12, 3]
     assert encoded.tokens.dtype == np.int32
     assert encoded.starts.tolist() == [0, 12]
@@ -69,7 +69,7 @@ def test_texts_are_cut_to_max_length(task):
 
 
 def test_no_texts_give_no_examples(task):
-    encoded = task.encode([], np.zeros(0, np.int64))
+    encoded = task.encode({"text": []}, np.zeros(0, np.int64))
     assert len(encoded) == 0
     assert encoded.lengths.tolist() == []
     assert encoded.starts.tolist() == []
@@ -77,7 +77,7 @@ def test_no_texts_give_no_examples(task):
 
 
 def test_one_example_is_a_batch_without_padding(task):
-    batch, labels = task.collate(task.encode(["ba da"], np.array([2])), np.array([0]))
+    batch, labels = task.collate(task.encode({"text": ["ba da"]}, np.array([2])), np.array([0]))
     first = 5 + np.array([WORDS.index("ba"), WORDS.index("da")])
     assert batch["input_ids"].tolist() == [[2, *first, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1]]
@@ -85,7 +85,7 @@ def test_one_example_is_a_batch_without_padding(task):
 
 
 def test_an_empty_text_keeps_its_row(task):
-    batch, _ = task.collate(task.encode(["", "ba"], labels_for("ab")), np.array([0, 1]))
+    batch, _ = task.collate(task.encode({"text": ["", "ba"]}, labels_for("ab")), np.array([0, 1]))
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
@@ -96,7 +96,7 @@ def test_loss_is_the_mean_cross_entropy_and_predictions_are_by_example(task):
     ]
     logits, targets = torch.tensor(rows), torch.tensor(labels)
     assert task.loss(logits, targets).item() == pytest.approx(sum(losses) / 2, rel=1e-6)
-    predictions = task.predictions(logits, targets)
+    predictions = task.measure(lambda _: logits, {}, targets)
     assert predictions.dtype == torch.float32
     assert predictions[:, 0].tolist() == pytest.approx(losses, rel=1e-6)
     assert predictions[:, 1].tolist() == [1, 2]
@@ -107,7 +107,9 @@ def test_loss_is_float32_on_bfloat16_logits(task):
     labels = torch.tensor([0, 1, 2, 0])
     assert task.loss(logits, labels).dtype == torch.float32
     assert task.loss(logits, labels) == task.loss(logits.float(), labels)
-    assert task.predictions(logits, labels)[:, 0].mean() == pytest.approx(task.loss(logits, labels).item())
+    assert task.measure(lambda _: logits, {}, labels)[:, 0].mean() == pytest.approx(
+        task.loss(logits, labels).item()
+    )
 
 
 def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tokenizer, tmp_path):
@@ -117,7 +119,7 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tokenizer, tm
     saved.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     task = ClassificationTask(load_tokenizer(str(tmp_path)), max_length=12)
-    batch, _ = task.collate(task.encode(["ba", "ba da"], labels_for("ab")), np.array([0, 1]))
+    batch, _ = task.collate(task.encode({"text": ["ba", "ba da"]}, labels_for("ab")), np.array([0, 1]))
     assert batch["input_ids"][0, -1] == 3
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 0]
 
@@ -147,17 +149,19 @@ def cached_task(folder, cache, max_length=12, **changes):
 
 def test_equal_texts_share_their_tokens(tiny_model_folder):
     cache, texts = Cache(), ["ba da", "ka"]
-    first, again = (cached_task(tiny_model_folder, cache).encode(texts, labels_for(texts)) for _ in range(2))
+    first, again = (
+        cached_task(tiny_model_folder, cache).encode({"text": texts}, labels_for(texts)) for _ in range(2)
+    )
     assert first.tokens is again.tokens
     assert len(cache.kept) == 1
-    plain = cached_task(tiny_model_folder, None).encode(texts, labels_for(texts))
+    plain = cached_task(tiny_model_folder, None).encode({"text": texts}, labels_for(texts))
     assert first.tokens.tolist() == plain.tokens.tolist()
     assert first.starts.tolist() == plain.starts.tolist() == [0, 4]
 
 
 def test_the_settings_do_not_depend_on_the_last_call(tiny_model_folder):
     task = cached_task(tiny_model_folder, Cache())
-    task.encode(["ba da"], np.zeros(1, np.int64))
+    task.encode({"text": ["ba da"]}, np.zeros(1, np.int64))
     task.tokenizer(["ba da", "ka"], padding="max_length", truncation=True, max_length=7)
     assert ClassificationTask(task.tokenizer, 12).settings == cached_task(tiny_model_folder, None).settings
 
@@ -183,6 +187,6 @@ def test_a_tokenizer_that_cannot_be_told_from_others_is_not_cached():
             return {"input_ids": [list(map(ord, text)) for text in texts]}
 
     cache = Cache()
-    encoded = ClassificationTask(Letters(), 12, "cpu", cache).encode(["ab", ""], np.array([0, 1]))
+    encoded = ClassificationTask(Letters(), 12, "cpu", cache).encode({"text": ["ab", ""]}, np.array([0, 1]))
     assert encoded.tokens.tolist() == [97, 98, 0]
     assert cache.asked == []

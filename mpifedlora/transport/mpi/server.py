@@ -81,14 +81,14 @@ class MpiServer(Endpoint):
         wait(self._begun(self.comm.Ibcast([record, self._mpi.BYTE])))
 
     @survivable
-    def collect_predictions(self, counts: Sequence[int]) -> list[Tensor]:
-        """Gather each worker's (counts[worker_id], 2) float32 losses and labels."""
+    def collect_predictions(self, counts: Sequence[int], width: int = 2) -> list[Tensor]:
+        """Gather each worker's (counts[worker_id], width) float32 statistics."""
         import torch
 
-        received = torch.empty(sum(counts), 2)
+        received = torch.empty(sum(counts), width)
         self.bytes_crossed += received.nbytes
         wait(self._begun(self.comm.Ibarrier()))
-        sizes = [0, *(8 * count for count in counts)]
+        sizes = [0, *(4 * width * count for count in counts)]
         self.comm.Gatherv(self._mpi.IN_PLACE, [as_bytes(received), sizes, None, self._mpi.BYTE])
         return list(torch.split(received, list(counts)))
 

@@ -94,7 +94,7 @@ class MpiWorker(Endpoint):
 
     @survivable
     def submit_predictions(self, predictions: Tensor) -> None:
-        """Send (examples, 2) float32 losses and labels."""
+        """Send (examples, statistics) float32."""
         wait(self._begun(self.comm.Ibarrier()))
         self.comm.Gatherv([as_bytes(predictions), self._mpi.BYTE], None)
 

@@ -1,0 +1,66 @@
+"""From a checked configuration to the task and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mpifedlora.core.config import RunConfig
+from mpifedlora.core.tasks import is_own
+from mpifedlora.io.model_files import model_path
+
+if TYPE_CHECKING:
+    from mpifedlora.training.base import BaseModel
+    from mpifedlora.training.models import FederatedModel
+    from mpifedlora.training.task import Task
+
+
+def build_task(config: RunConfig, label_names: Sequence[str], device: str = "cpu") -> tuple[BaseModel, Task]:
+    """Load the pre-trained model with a head for the task, and build the task.
+
+    Args:
+        config: of the run.
+        label_names: of the data.
+        device: where batches go.
+
+    Raises:
+        AdapterError: if the model cannot be loaded, or a user's builder fails.
+        ConfigError: if the file of a user's task cannot be run.
+    """
+    from mpifedlora.io.task_files import load_builder
+    from mpifedlora.io.token_cache import cached_tokens
+    from mpifedlora.training.task import TaskSetup
+    from mpifedlora.training.tasks import TASKS, build_task
+
+    model, name = config.model, config.task.name
+    builder = load_builder(name, config.task.sha256) if is_own(name) else TASKS[name]
+    setup = TaskSetup(
+        model=model_path(model.name),
+        label_names=label_names,
+        max_length=config.data.max_length,
+        device=device,
+        seed=config.federation.seed,
+        head=model.head,
+        dtype=model.dtype,
+        dropout=model.dropout,
+        options=config.task.options,
+        cache=cached_tokens,
+    )
+    return build_task(name, builder, setup)
+
+
+def build_model(config: RunConfig, base: BaseModel, device: str = "cpu") -> FederatedModel:
+    """Put LoRA layers on a base model."""
+    from mpifedlora.training.models import FederatedModel
+
+    lora = config.lora
+    return FederatedModel(
+        base,
+        rank_max=lora.rank_max,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        device=device,
+        seed=config.federation.seed,
+    )
