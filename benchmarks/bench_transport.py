@@ -110,7 +110,7 @@ class PackageServer:
 
     def _transfer(self) -> tuple[list[UpdateHeader], list[Tensor]]:
         plan = self.coordinator.next_plan
-        self.transport.broadcast(plan, self.coordinator.wire)
+        self.transport.broadcast(plan, self.coordinator.wire, takes_rows=True)
         return self.transport.collect_headers(plan), self.transport.collect_rows(plan)
 
     def transfer(self) -> None:

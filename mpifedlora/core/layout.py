@@ -7,7 +7,7 @@ cut there is a new, smaller layout and a new, smaller buffer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -189,25 +189,34 @@ class ModelShapes:
 
     def adapter(self, lora_ranks: Sequence[int], parts: Parts = "ab") -> AdapterLayout:
         """Layout of adapter and head, or of a part of the factors and the head."""
-        key = tuple(lora_ranks), parts
-        if key not in self._adapters:
-            self._adapters[key] = AdapterLayout(self.modules, key[0], self.head, parts)
-        return self._adapters[key]
-
-    @cached_property
-    def _adapters(self) -> dict[tuple[tuple[int, ...], Parts], AdapterLayout]:
-        return {}  # a layout remembers its offsets: the same one is asked for many times a round
+        ranks = tuple(lora_ranks)
+        return self._remembered((ranks, parts), lambda: AdapterLayout(self.modules, ranks, self.head, parts))
 
     def frozen(self, lora_ranks: Sequence[int]) -> AdapterLayout:
         """Layout of what is added to the base weights: factors, or whole matrices where the rank is DENSE."""
-        pairs = list(zip(self.modules, lora_ranks, strict=True))
+        ranks = tuple(lora_ranks)
+        return self._remembered((ranks, "frozen"), lambda: self._frozen(ranks))
+
+    def _frozen(self, lora_ranks: tuple[int, ...]) -> AdapterLayout:
         dense = tuple(
             TensorShape(module.name, (module.out_features, module.in_features))
-            for module, lora_rank in pairs
+            for module, lora_rank in zip(self.modules, lora_ranks, strict=True)
             if lora_rank == DENSE
         )
         ranks = tuple(0 if lora_rank == DENSE else lora_rank for lora_rank in lora_ranks)
         return AdapterLayout(self.modules, ranks, dense)
+
+    def _remembered(
+        self, key: tuple[tuple[int, ...], str], make: Callable[[], AdapterLayout]
+    ) -> AdapterLayout:
+        # A layout remembers its offsets: the same one is asked for many times a round.
+        if key not in self._layouts:
+            self._layouts[key] = make()
+        return self._layouts[key]
+
+    @cached_property
+    def _layouts(self) -> dict[tuple[tuple[int, ...], str], AdapterLayout]:
+        return {}
 
     def full(self) -> AdapterLayout:
         """Layout of every weight, what is exchanged when the scope is `full`."""

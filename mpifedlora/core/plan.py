@@ -44,6 +44,12 @@ def header_record(**fields: str) -> np.dtype[np.void]:
     return record
 
 
+def fields_of(record: np.void) -> dict[str, Any]:
+    """Return a record's fields as Python's own numbers; one by one they take several times as long."""
+    assert record.dtype.names is not None
+    return dict(zip(record.dtype.names, record.item(), strict=True))
+
+
 PLAN_HEADER = header_record(
     round_num="<i4",
     stage="<i4",
@@ -55,6 +61,9 @@ PLAN_HEADER = header_record(
     mu="<f8",
     temperature="<f8",
 )
+
+
+_NOTHING = AdapterLayout((), ())
 
 
 class Segments(NamedTuple):
@@ -182,15 +191,15 @@ class RoundPlan:
 
     def segments(self, shapes: ModelShapes) -> Segments:
         """Layouts of the message's parts: base weights, frozen directions, maps, control variate, state."""
-        nothing = AdapterLayout((), ())
         shared = self.shared_layout(shapes)
-        state = shared if self.scope == "full" else replace(shared, parts=self.sends_parts)
+        is_whole = self.scope == "full" or self.sends_parts == shared.parts
+        state = shared if is_whole else replace(shared, parts=self.sends_parts)
         return Segments(
-            shapes.base() if self.sends_base else nothing,
+            shapes.base() if self.sends_base else _NOTHING,
             shapes.frozen(self.frozen_ranks),
-            self._maps_layout(shapes),
-            shared if self.has_variates and self.sends_state else nothing,
-            state if self.sends_state else nothing,
+            self._maps_layout(shapes) if self.mapped_ranks else _NOTHING,
+            shared if self.has_variates and self.sends_state else _NOTHING,
+            state if self.sends_state else _NOTHING,
         )
 
     def _maps_layout(self, shapes: ModelShapes) -> AdapterLayout:
@@ -232,31 +241,31 @@ class RoundPlan:
         Raises:
             ProtocolError: if the bytes are not a plan for num_modules modules.
         """
-        header = data[:HEADER_BYTES].view(PLAN_HEADER)[0]
+        header = fields_of(data[:HEADER_BYTES].view(PLAN_HEADER)[0])
         if header["magic"] != MAGIC or header["num_modules"] != num_modules:
             raise ProtocolError(
-                f"a plan must be for {num_modules} modules, got {int(header['num_modules'])} (worker); "
+                f"a plan must be for {num_modules} modules, got {header['num_modules']} (worker); "
                 "start all processes from one run file and one package version"
             )
         tail = data[HEADER_BYTES:].view("<i4")
         by_module, by_client = tail[: 3 * num_modules].reshape(3, -1), tail[3 * num_modules :].reshape(3, -1)
         lora_ranks, frozen_ranks, mapped = (tuple(row) for row in by_module.tolist())
         workers, limits, versions = (tuple(row) for row in by_client.tolist())
-        flags = {name: bool(int(header["flags"]) >> bit & 1) for bit, name in enumerate(_FLAGS)}
+        flags = {name: bool(header["flags"] >> bit & 1) for bit, name in enumerate(_FLAGS)}
         return RoundPlan(
-            round_num=int(header["round_num"]),
-            stage=STAGES[int(header["stage"])],
-            scope=_SCOPES[int(header["scope"])],
+            round_num=header["round_num"],
+            stage=STAGES[header["stage"]],
+            scope=_SCOPES[header["scope"]],
             lora_ranks=lora_ranks,
             frozen_ranks=frozen_ranks,
             workers=workers,
             mapped_ranks=mapped if any(mapped) else (),
             client_ranks=() if set(limits) == {_UNLIMITED} else limits,
             state_rounds=() if set(versions) == {ABSENT} else versions,
-            sends_parts=_PARTS[int(header["sends_parts"])],
-            learning_rate=float(header["learning_rate"]),
-            mu=float(header["mu"]),
-            temperature=float(header["temperature"]),
+            sends_parts=_PARTS[header["sends_parts"]],
+            learning_rate=header["learning_rate"],
+            mu=header["mu"],
+            temperature=header["temperature"],
             **flags,
         )
 

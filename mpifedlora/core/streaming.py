@@ -160,8 +160,8 @@ class RoundStream:
 
     def _is_sound(self, values: dict[int, Tensor], mean: Tensor | None = None) -> bool:
         """Say whether all updates so far are finite, whatever their headers say; a finite mean says so."""
-        # Its squared norm is the fastest that tells; where that overflows, the updates themselves tell.
-        if mean is None or not math.isfinite(torch.dot(mean, mean)):
+        # Where the sum of the mean is not finite, the updates themselves tell whose fault it is.
+        if mean is None or not math.isfinite(mean.sum()):
             self.refused |= {client for client, one in values.items() if not math.isfinite(one.sum())}
         return not self.refused
 

@@ -19,7 +19,7 @@ from mpifedlora.core.agreement import Bytes
 from mpifedlora.core.buffers import byte_buffer, padded
 from mpifedlora.core.codec import decode, draw_uniform, encode, num_bytes
 from mpifedlora.core.layout import AdapterLayout, ModelShapes, copy_common
-from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, header_record
+from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, fields_of, header_record
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ProtocolError
 
@@ -41,6 +41,7 @@ UPDATE_HEADER = header_record(
     penalty="<f8",
     train_s="<f8",
 )
+_FIELDS = UPDATE_HEADER.names or ()
 _COPIED = ("client_id", "num_examples", "num_steps", "train_loss", "penalty", "train_s", "is_finite")
 
 
@@ -170,14 +171,16 @@ class UpdateHeader:
 
     def write(self, rows: UpdateRows, index: int, plan: RoundPlan) -> None:
         """Write it into the header of a row."""
-        header = rows.header(index)
-        header["magic"], header["round_num"] = MAGIC, plan.round_num
-        header["stage"] = STAGES.index(plan.stage)
-        header["ranks_digest"] = ranks_digest(plan.lora_ranks)
-        header["num_bytes"] = rows.sizes[index]
-        header["fault"] = _FAULTS.index(self.fault)
-        for name in _COPIED:
-            header[name] = getattr(self, name)
+        written = {
+            **{name: getattr(self, name) for name in _COPIED},
+            "magic": MAGIC,
+            "round_num": plan.round_num,
+            "stage": STAGES.index(plan.stage),
+            "ranks_digest": ranks_digest(plan.lora_ranks),
+            "num_bytes": rows.sizes[index],
+            "fault": _FAULTS.index(self.fault),
+        }
+        rows.headers[index].view(UPDATE_HEADER)[0] = tuple(map(written.__getitem__, _FIELDS))
 
     @staticmethod
     def read(record: np.void, plan: RoundPlan, client_id: int, size: int) -> UpdateHeader:
@@ -194,7 +197,8 @@ class UpdateHeader:
         """
         names = ("magic", "round_num", "client_id", "ranks_digest", "num_bytes")
         expected = (MAGIC, plan.round_num, client_id, ranks_digest(plan.lora_ranks), size)
-        got = tuple(int(record[name]) for name in names)
+        fields = fields_of(record)
+        got = tuple(fields[name] for name in names)
         if got != expected:
             ranks = " of other ranks" if got[3] != expected[3] else ""
             raise ProtocolError(
@@ -202,9 +206,9 @@ class UpdateHeader:
                 f"round {got[1]}, client {got[2]}, {got[4]} bytes{ranks} (server); this is a defect: "
                 "report it"
             )
-        kinds = {"client_id": int, "num_examples": int, "num_steps": int, "is_finite": bool}
-        copied = {name: kinds.get(name, float)(record[name]) for name in _COPIED}
-        return UpdateHeader(**copied, fault=_FAULTS[record["fault"]])
+        copied = {name: fields[name] for name in _COPIED}
+        copied["is_finite"] = bool(copied["is_finite"])
+        return UpdateHeader(**copied, fault=_FAULTS[fields["fault"]])
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ class Server:
 
     def _broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         if self._announced is None:
-            self.transport.broadcast(plan, wire)
+            takes_rows = not plan.reduces and not self._takes_parts(plan)
+            self.transport.broadcast(plan, wire, takes_rows=takes_rows)
         self._announced = None
 
     def _held_out(self, plan: RoundPlan) -> Metrics:
@@ -244,13 +245,18 @@ class Server:
             total = torch.empty(plan.shared_layout(coordinator.shapes).num_values, dtype=self.reduce_dtype)
             self.transport.collect_sum(total)
             return _timed(lambda: coordinator.finish_sum(headers, total, judge))
-        is_worth_it = pays(plan, coordinator.shapes, coordinator.switches.wire, self.part_bytes)
         # A stream would announce a cohort to workers that are to measure and end.
         measures_and_ends = self.is_last and self.evaluates_on_workers and plan.round_num < self._num_rounds
-        if headers and self.pipelines and coordinator.streams and is_worth_it and not measures_and_ends:
+        if headers and self._takes_parts(plan) and not measures_and_ends:
             return self._stream(plan, headers)
         updates = coordinator.updates(headers, self.transport.collect_rows(plan) if headers else [])
         return _timed(lambda: coordinator.finish(updates, judge))
+
+    def _takes_parts(self, plan: RoundPlan) -> bool:
+        """Say whether a round's rows may be taken in by parts."""
+        coordinator = self.coordinator
+        is_worth_it = pays(plan, coordinator.shapes, coordinator.switches.wire, self.part_bytes)
+        return self.pipelines and coordinator.streams and is_worth_it
 
     def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
         evaluates = self._is_due(plan.round_num) and self.evaluates_on_workers

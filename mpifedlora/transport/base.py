@@ -1,9 +1,9 @@
 """What a transport does: one server, some workers, collective steps in one fixed order.
 
 Every round is: the server broadcasts a plan and one flat buffer; if the plan says so, the workers
-submit predictions; the workers submit their clients' headers, and then, as the server asks, the rows
-whole, their sum, or the rows in parts while the next round's plan and buffer come in parts. Both ends
-know all sizes from the plan.
+submit predictions; the workers submit their clients' headers, and then, as the server asks or has asked
+before, the rows whole, their sum, or the rows in parts while the next round's plan and buffer come in
+parts. Both ends know all sizes from the plan.
 """
 
 from __future__ import annotations
@@ -77,8 +77,15 @@ class ServerTransport(Protocol):
     can_stream: bool
     is_fault_tolerant: bool
 
-    def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
-        """Send a plan and the bytes of its message to every worker."""
+    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes_rows: bool = False) -> None:
+        """Send a plan and the bytes of its message to every worker.
+
+        Args:
+            plan: of the round.
+            wire: bytes of its message.
+            takes_rows: whether it is known already that rows will be collected whole: then they come right
+                behind the headers, without waiting for an order.
+        """
 
     def collect_predictions(self, counts: Sequence[int], width: int = 2) -> list[Tensor]:
         """Return each worker's (counts[worker_id], width) float32 statistics."""

@@ -35,13 +35,15 @@ class InProcessTransport:
         self.workers = workers
         self.num_workers = len(workers)
         self.bytes_crossed = 0
-        self._order_bytes = 0  # what an order would be over MPI
+        self._order_bytes = self._row_order_bytes = 0  # what orders would be over MPI
         self._rows: list[UpdateRows] = []
 
-    def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
+    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes_rows: bool = False) -> None:
         """Hand plan and message to every worker; the message is shared, not copied."""
-        self._order_bytes = self.num_workers * (ORDER_BYTES + plan.pack().nbytes)
-        self.bytes_crossed += self._order_bytes + self.num_workers * wire.nbytes
+        order_bytes = self.num_workers * (ORDER_BYTES + plan.pack().nbytes)
+        self._row_order_bytes = 0 if takes_rows else order_bytes
+        self._order_bytes = order_bytes
+        self.bytes_crossed += order_bytes + self.num_workers * wire.nbytes
         if not plan.stops:
             for worker in self.workers:
                 worker.receive(plan, wire)
@@ -66,7 +68,7 @@ class InProcessTransport:
     def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
         """Return the workers' own rows, in the order of the headers."""
         rows = [each.wire(index) for each in self._rows for index in range(len(each))]
-        self.bytes_crossed += self._order_bytes + sum(each.buffer.nbytes for each in self._rows)
+        self.bytes_crossed += self._row_order_bytes + sum(each.buffer.nbytes for each in self._rows)
         return rows
 
     def collect_sum(self, total: Tensor) -> None:

@@ -231,12 +231,12 @@ def test_modules_without_a_rank_are_one_part() -> None:
 
 @pytest.mark.parametrize(
     ("num_clients", "part_bytes"),
-    # 8 MiB for two parts of all rows, but 512 KiB to 1 MiB.
-    [(0, 2**20), (1, 2**20), (4, 2**20), (5, 2**23 // 10), (16, 2**19), (64, 2**19)],
+    # 8 MiB for two parts of all rows, but 512 KiB to 2 MiB.
+    [(0, 2**21), (1, 2**21), (2, 2**21), (4, 2**20), (5, 2**23 // 10), (16, 2**19), (64, 2**19)],
 )
 def test_by_default_parts_of_all_rows_fit_into_the_cache(num_clients: int, part_bytes: int) -> None:
-    # Pieces of 4 KiB, in a row of 4 MiB.
-    tensors = tuple(TensorShape("w", (2**10,)) for _ in range(2**10))
+    # Pieces of 4 KiB, in a row of 8 MiB.
+    tensors = tuple(TensorShape("w", (2**10,)) for _ in range(2**11))
     shapes = ModelShapes((LinearShape("q", 1, 1),), tensors, ())
     plan = replace(PLAN, lora_ranks=(0,), frozen_ranks=(0,), workers=(0,) * num_clients + (ABSENT,))
     parts = parts_of(plan, plan, shapes, WireFormat(), None)

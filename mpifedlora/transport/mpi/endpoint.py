@@ -36,6 +36,7 @@ _OTHERS_TELL_S = 1.0
 class Order(IntEnum):
     """What the server says that comes next."""
 
+    NONE = 0  # nothing is announced yet
     MESSAGE = 1  # the plan in the order, then its message
     ROWS = 2  # every client's row
     SUM = 3  # the sum of all rows

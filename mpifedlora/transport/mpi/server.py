@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ from mpifedlora.errors import RunLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
 from mpifedlora.transport.mpi.endpoint import Endpoint, Order, as_bytes, pieces_of
 from mpifedlora.transport.mpi.survival import survivable
-from mpifedlora.transport.mpi.waiting import wait
+from mpifedlora.transport.mpi.waiting import wait, wait_busily
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,13 +38,18 @@ class MpiServer(Endpoint):
         self._ahead_bytes = 0  # of the next message, which a stream has sent already
         self._buffer: Tensor | None = None
         self._cohort = _Cohort([], [])  # of the round in hand
+        self._headers = np.zeros((0, 0), np.uint8)
+        self._landing: _Landing | None = None
+        self._then = Order.NONE  # what the last order has announced
 
     @survivable
-    def broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
+    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes_rows: bool = False) -> None:
         """Send a plan and its message, whole units of bytes, to every worker."""
         if plan.stops:
             return self._dismiss(plan)
-        self._order(Order.MESSAGE, plan)
+        self._order(Order.MESSAGE, plan, Order.ROWS if takes_rows and plan.cohort else Order.NONE)
+        if self._then is Order.ROWS:
+            self._expect(plan)  # while the workers read theirs
         if wire.numel():
             self.bytes_crossed += self.num_workers * wire.nbytes
             self.comm.Bcast(self._units(as_bytes(wire)))
@@ -72,9 +77,10 @@ class MpiServer(Endpoint):
                 raise
             self.comm.Revoke()
 
-    def _order(self, order: Order, plan: RoundPlan | None = None) -> None:
+    def _order(self, order: Order, plan: RoundPlan | None = None, then: Order = Order.NONE) -> None:
         record = np.zeros(self.order_bytes, np.uint8)
-        record[0] = order
+        record[0], record[1] = order, then
+        self._then = then
         if plan is not None:
             record[ORDER_BYTES:] = plan.pack()
         self.bytes_crossed += self.num_workers * record.nbytes
@@ -92,32 +98,15 @@ class MpiServer(Endpoint):
         self.comm.Gatherv(self._mpi.IN_PLACE, [as_bytes(received), sizes, None, self._mpi.BYTE])
         return list(torch.split(received, list(counts)))
 
-    @survivable
-    def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
-        """Wait until all workers have trained; return their clients' headers, by worker and client."""
+    def _expect(self, plan: RoundPlan) -> None:
+        """Make ready what the headers and rows of a round come into."""
         from mpifedlora.core.plan import HEADER_BYTES
-        from mpifedlora.core.wire import read_headers
 
-        self.bytes_crossed += self._ahead_bytes
-        self._ahead_bytes = 0
-        if not plan.cohort:
-            return []
         self._cohort = _Cohort.of(plan, self.num_workers)
-        headers = np.zeros((len(self._cohort.clients), HEADER_BYTES), np.uint8)
-        self.bytes_crossed += headers.nbytes
-        sizes = [0, *(HEADER_BYTES * count for count in self._cohort.counts)]
-        wait(self._begun(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE])))
-        return read_headers(headers, plan, self._cohort.clients, self._row_bytes(plan))
+        self._headers = np.zeros((len(self._cohort.clients), HEADER_BYTES), np.uint8)
+        self._landing = self._land(plan) if self._then is Order.ROWS else None
 
-    def _row_bytes(self, plan: RoundPlan) -> list[int]:
-        clients = self._cohort.clients
-        if plan.client_ranks:
-            return [self.wire.row_bytes(plan, self.shapes, client_id) for client_id in clients]
-        return [self.wire.row_bytes(plan, self.shapes)] * len(clients)
-
-    @survivable
-    def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
-        """Gather the bytes of every row, in the order of the headers; they hold until the next collect."""
+    def _land(self, plan: RoundPlan) -> _Landing:
         import torch
 
         from mpifedlora.core.buffers import padded
@@ -127,12 +116,48 @@ class MpiServer(Endpoint):
         counts = [0] * self.num_workers
         for client_id, stride in zip(self._cohort.clients, strides, strict=True):
             counts[plan.workers[client_id]] += stride
-        self._order(Order.ROWS)
-        self.bytes_crossed += sum(counts)
         buffer = self._fitting(sum(counts))
-        self.comm.Gatherv(*self._target(counts, buffer))
         rows = torch.split(buffer, strides)
-        return [row[:size] for row, size in zip(rows, sizes, strict=True)]
+        views = [row[:size] for row, size in zip(rows, sizes, strict=True)]
+        return _Landing(views, self._target(counts, buffer), sum(counts))
+
+    @survivable
+    def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
+        """Wait until all workers have trained; return their clients' headers, by worker and client."""
+        from mpifedlora.core.wire import read_headers
+
+        self.bytes_crossed += self._ahead_bytes
+        self._ahead_bytes = 0
+        if not plan.cohort:
+            return []
+        if self._then is not Order.ROWS:
+            self._expect(plan)
+        clients, headers = self._cohort.clients, self._headers
+        self.bytes_crossed += headers.nbytes
+        sizes = [0, *(headers.shape[1] * count for count in self._cohort.counts)]
+        trained = self._begun(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE]))
+        if self._landing is not None:
+            self._begun(self.comm.Igatherv(*self._landing.target))
+        wait(trained)
+        return read_headers(headers, plan, clients, self._row_bytes(plan))
+
+    def _row_bytes(self, plan: RoundPlan) -> list[int]:
+        clients = self._cohort.clients
+        if plan.client_ranks:
+            return [self.wire.row_bytes(plan, self.shapes, client_id) for client_id in clients]
+        return [self.wire.row_bytes(plan, self.shapes)] * len(clients)
+
+    @survivable
+    def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
+        """Return the bytes of every row, in the order of the headers; they hold until the next collect."""
+        landing = self._landing
+        if landing is None:
+            landing = self._land(plan)
+            self._order(Order.ROWS)
+            self._begun(self.comm.Igatherv(*landing.target))
+        wait_busily(self._requests)
+        self.bytes_crossed += landing.num_bytes
+        return landing.rows
 
     def _fitting(self, size: int) -> Tensor:
         from mpifedlora.core.buffers import byte_buffer
@@ -218,6 +243,14 @@ class MpiServer(Endpoint):
         return self._begun(self.comm.Igatherv(*self._target(counts, buffer)))
 
 
+class _Landing(NamedTuple):
+    """Where the rows of a round come in: views of each, what a gather is given, and the bytes of all."""
+
+    rows: list[Tensor]
+    target: tuple[Any, list[Any]]
+    num_bytes: int
+
+
 class _Cohort(NamedTuple):
     """Who trains in a round: clients by worker and id, and how many each worker has."""
 
@@ -226,10 +259,9 @@ class _Cohort(NamedTuple):
 
     @staticmethod
     def of(plan: RoundPlan, num_workers: int) -> _Cohort:
-        clients = np.array(plan.cohort, np.int64)
-        workers = np.array(plan.workers, np.int64)[clients]
-        order = np.argsort(workers, kind="stable")
-        return _Cohort(clients[order].tolist(), np.bincount(workers, minlength=num_workers).tolist())
+        order = sorted(plan.cohort, key=plan.workers.__getitem__)  # stable: by client within a worker
+        counts = Counter(map(plan.workers.__getitem__, order))
+        return _Cohort(order, [counts[worker_id] for worker_id in range(num_workers)])
 
 
 def _poke(requests: Sequence[MPI.Request]) -> None:

@@ -93,7 +93,7 @@ def survivable(step: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, 
             if not end.is_fault_tolerant:
                 raise
             raise end._loss() from error
-        end._requests.clear()
+        end._requests = [request for request in end._requests if request]
         return result
 
     return guarded

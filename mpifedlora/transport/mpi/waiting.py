@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_YIELDING_S, _LONGEST_SLEEP_S = 3e-5, 1e-3
-_BUSY_S, _SHORT_SLEEP_S = 5e-2, 1e-4
+_YIELDING_S, _SHORT_S, _SHORT_SLEEP_S, _LONGEST_SLEEP_S = 2e-3, 5e-2, 1e-4, 1e-3
 
 
 def wait(request: MPI.Request) -> None:
-    """Wait for a request by testing and sleeping: an eighth of the time waited so far, at most 1 ms."""
+    """Wait for a request by testing: others may take the core; after 2 ms it sleeps between the tests.
+
+    Many steps of a round take less than that, and a sleep would be a large part of them.
+    """
     started = time.perf_counter()
     while not request.Test():
         waited_s = time.perf_counter() - started
         if waited_s < _YIELDING_S:
             os.sched_yield()
         else:
-            time.sleep(min(_LONGEST_SLEEP_S, waited_s / 8))
+            time.sleep(_SHORT_SLEEP_S if waited_s < _SHORT_S else _LONGEST_SLEEP_S)
 
 
 def wait_busily(requests: Sequence[MPI.Request]) -> None:
@@ -36,7 +38,7 @@ def wait_busily(requests: Sequence[MPI.Request]) -> None:
 
     waiting, started = list(requests), time.perf_counter()
     while not MPI.Request.Testall(waiting):
-        if time.perf_counter() - started < _BUSY_S:
+        if time.perf_counter() - started < _SHORT_S:
             os.sched_yield()
         else:
             time.sleep(_SHORT_SLEEP_S)

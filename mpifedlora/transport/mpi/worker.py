@@ -31,6 +31,7 @@ class MpiWorker(Endpoint):
         self._message: Tensor | None = None
         self._spare: Tensor | None = None
         self._plan: RoundPlan | None = None
+        self._then = Order.NONE  # what the last order has announced
         self._ahead: tuple[RoundPlan, Tensor] | None = None  # what a stream has brought
 
     @survivable
@@ -78,7 +79,7 @@ class MpiWorker(Endpoint):
 
         record = np.empty(self.order_bytes, np.uint8)
         wait(self._begun(self.comm.Ibcast([record, self._mpi.BYTE])))
-        order = Order(int(record[0]))
+        order, self._then = Order(int(record[0])), Order(int(record[1]))
         assert order in expected, f"got the order {order.name}"
         has_plan = order in (Order.MESSAGE, Order.STREAM)
         return order, RoundPlan.unpack(record[ORDER_BYTES:], len(self.shapes.modules)) if has_plan else None
@@ -102,6 +103,10 @@ class MpiWorker(Endpoint):
     def submit(self, rows: UpdateRows) -> None:
         """Send the rows of this worker's clients, in rising order of client_id, as the server wants them."""
         headers = self._begun(self.comm.Igatherv([rows.headers.reshape(-1), self._mpi.BYTE], None))
+        if self._then is Order.ROWS:
+            wait(self._gather_rows(rows))
+            headers.Wait()
+            return
         order, following = self._order(Order.ROWS, Order.SUM, Order.STREAM)
         headers.Wait()
         while order is Order.STREAM and following is not None:
@@ -110,8 +115,7 @@ class MpiWorker(Endpoint):
             if order is Order.COMMIT:
                 self._ahead = received
         if order is Order.ROWS:
-            rows.settle(rows.buffer.numel())
-            self.comm.Gatherv(self._units(as_bytes(rows.buffer)), None)
+            wait_busily([self._gather_rows(rows)])
         if order is Order.SUM:
             for piece in pieces_of(rows.total.numpy()):
                 self.comm.Reduce(piece, None)
@@ -128,6 +132,10 @@ class MpiWorker(Endpoint):
             requests += [self._gather_part(rows, later) for later in parts[index + IN_FLIGHT :][:1]]
         wait_busily(requests)
         return following, buffer
+
+    def _gather_rows(self, rows: UpdateRows) -> MPI.Request:
+        rows.settle(rows.buffer.numel())
+        return self._begun(self.comm.Igatherv(self._units(as_bytes(rows.buffer)), None))
 
     def _gather_part(self, rows: UpdateRows, part: Part) -> MPI.Request:
         from mpifedlora.core.buffers import UNIT_BYTES, padded
