@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -26,23 +26,10 @@ from mpifedlora.errors import RunLost, WorkerLost
 from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.rows import columns_by_client, measured, seconds_of_row
 from mpifedlora.runtime.setup import Replica
+from mpifedlora.runtime.stopwatch import Stopwatch
 from mpifedlora.transport.base import ServerTransport
 
 T = TypeVar("T")
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by name; `lap` gives those since the last lap."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, name: str) -> float:
-        """Store and return the seconds since the last lap."""
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-        return self.seconds[name]
 
 
 _ADVICE = {
