@@ -37,10 +37,11 @@ types: .venv/.installed
 	@echo "== mypy --strict mpifedlora"
 	@$(BIN)/mypy --strict mpifedlora
 
+# Three processes: of the tests that start Slurm or mpirun, most of the time is waiting.
 ## unit     unit tests, property tests and doctests; what launches mpirun itself is here too
 unit: data
 	@echo "== pytest: units, properties, doctests"
-	@. tests/mpi_env.sh && HF_HUB_OFFLINE=1 python -m pytest -q -m "not network"
+	@. tests/mpi_env.sh && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -q -n 3 -m "not network"
 
 ## mpi      tests over real MPI with 1, 2, 3 and 5 processes
 mpi: data

@@ -3,6 +3,7 @@
 import atexit
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import support
@@ -65,6 +66,13 @@ VARIANTS = {
     "private fedavg": [*PRESETS["fedavg"], *PRIVATE],
 }
 RUNS = {**PRESETS, **VARIANTS}
+
+
+def meet(comm):
+    """Wait for all processes, asleep: in a collective they would take the cores from those at work."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(0.002)
 
 
 def shared_folder():

@@ -24,9 +24,11 @@ def comm(request):
     """A fresh communicator of 1, 2, 3 and 5 processes in turn; the world's other processes skip the test."""
     if request.param > WORLD_SIZE:
         pytest.skip(f"needs {request.param} processes, the world has {WORLD_SIZE}")
+    import federations
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
+    federations.meet(world)
     part = world.Split(0 if world.rank < request.param else MPI.UNDEFINED, world.rank)
     if part == MPI.COMM_NULL:
         pytest.skip("not one of the processes of this communicator")

@@ -23,7 +23,11 @@ PER_B = 2 * sum(outer for _, outer in SIDES)
 WHOLE, HEAD, PER_RANK = federations.values_of()
 RANK, CLIENTS, ROUNDS = 4, 4, 4
 
+# One worker is what test_resuming.py compares, for the same runs.
+on_some = pytest.mark.parametrize("comm", [1, 3, 5], indirect=True, ids="{}_processes".format)
 
+
+@on_some
 @pytest.mark.parametrize("name", RUNS)
 def test_same_bits_for_any_number_of_workers(comm, folder, name):
     federations.assert_same_bits(folder, name, RUNS[name], comm)
@@ -60,6 +64,7 @@ def test_every_preset_has_a_closed_form():
     assert {*VALUES, "sa-fedlora", "custom"} == set(METHODS)  # sa-fedlora: test_federation.py
 
 
+@on_some
 @pytest.mark.parametrize("name", VALUES)
 def test_measured_bytes_are_the_closed_form(comm, folder, name):
     out = federations.federate(folder, name, RUNS[name], comm)
@@ -73,6 +78,7 @@ def test_measured_bytes_are_the_closed_form(comm, folder, name):
     np.testing.assert_array_equal(results.rounds["downlink_bytes"], CLIENTS * (header_down + 4 * received))
 
 
+@on_some
 @pytest.mark.parametrize("name", ["hetlora, ranks", "flexlora, ranks", "flora, ranks"])
 def test_clients_of_lower_rank_send_and_receive_less(comm, folder, name):
     out = federations.federate(folder, name, RUNS[name], comm)
@@ -87,6 +93,7 @@ def test_clients_of_lower_rank_send_and_receive_less(comm, folder, name):
     np.testing.assert_array_equal(results.rounds["downlink_bytes"], CLIENTS * HEADER_DOWN + 4 * received)
 
 
+@on_some
 def test_a_client_that_was_absent_receives_both_factors(comm, folder):
     out = federations.federate(folder, "rolora, cohort", RUNS["rolora, cohort"], comm)
     if comm.rank:
@@ -102,6 +109,7 @@ def test_a_client_that_was_absent_receives_both_factors(comm, folder):
         assert results.rounds["downlink_bytes"][index] == expected
 
 
+@on_some
 @pytest.mark.parametrize("name", ["private ffa-lora", "private fedavg"])
 def test_privacy_spent_is_told_and_a_seed_is_no_privacy(comm, folder, name):
     out = federations.federate(folder, name, RUNS[name], comm)
@@ -113,6 +121,7 @@ def test_privacy_spent_is_told_and_a_seed_is_no_privacy(comm, folder, name):
     assert results.info.reproducible
 
 
+@on_some
 def test_personal_models_are_measured_and_kept(comm, folder):
     out = federations.federate(folder, "fedsa-lora", RUNS["fedsa-lora"], comm)
     if comm.rank:
@@ -125,6 +134,7 @@ def test_personal_models_are_measured_and_kept(comm, folder):
     assert states == [f"client-{client:05d}.round-{made:05d}.safetensors" for client, made in kept]
 
 
+@on_some
 @pytest.mark.parametrize(
     "name", ["fedit", "flora", "fedex-lora", "flexlora", "sa-fedlora", "hetlora", "rolora"]
 )
@@ -140,6 +150,7 @@ def test_aggregation_error_and_dropped_energy_are_told(comm, folder, name):
     assert (rounds["dropped_energy"] >= 0).all()
 
 
+@on_some
 def test_workers_that_see_another_folder_are_told_before_the_first_round(comm, folder):
     if comm.size == 1:
         return

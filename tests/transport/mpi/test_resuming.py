@@ -52,7 +52,7 @@ def test_resumed_as_never_interrupted(comm, folder, monkeypatch, name, after):
     out = folder / f"{name}-resumed-{comm.size}-{after}"
     if comm.rank == 0:
         cut_short(monkeypatch, folder, out, settings, MPI.COMM_SELF, after)
-    comm.Barrier()
+    federations.meet(comm)
     assert launch.run(folder / "run.toml", settings, out, False, comm=comm, resumes=True) == 0
     assert_same(folder, name, settings, comm, out)
 
@@ -64,7 +64,7 @@ def test_cut_short_on_many_and_resumed_on_one(comm, folder, monkeypatch, name):
 
     settings, out = RUNS[name], folder / f"{name}-shrunk-{comm.size}"
     cut_short(monkeypatch, folder, out, settings, comm, 2)
-    comm.Barrier()
+    federations.meet(comm)
     if comm.rank == 0:
         assert launch.run(None, [], out, False, comm=MPI.COMM_SELF, resumes=True) == 0
         assert_same(folder, name, settings, MPI.COMM_SELF, out)
