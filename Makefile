@@ -14,7 +14,7 @@ BIN := .venv/bin
 # Another environment that happens to be active does not count.
 unexport VIRTUAL_ENV PYTHONHOME
 
-.PHONY: help demo test lint types unit mpi bench torture data install clean slurm-cluster slurm-cluster-stop
+.PHONY: help demo test lint types docs unit mpi bench torture data install clean slurm-cluster slurm-cluster-stop
 
 ## demo     fine-tune MiniLM in a federation of eight clients: a server and four workers over MPI
 demo: data
@@ -22,7 +22,7 @@ demo: data
 	@. tests/mpi_env.sh && mpirun --with-ft ulfm -n 5 mpifedlora run examples/newsgroups.toml --out runs/demo --overwrite
 
 ## test     everything below, one after another
-test: lint types unit mpi
+test: lint types docs unit mpi
 	@echo "== all checks passed"
 
 ## lint     format and lint
@@ -36,6 +36,11 @@ lint: .venv/.installed
 types: .venv/.installed
 	@echo "== mypy --strict mpifedlora"
 	@$(BIN)/mypy --strict mpifedlora
+
+## docs     the documentation as a site in site/, with links checked; nothing is fetched
+docs: .venv/.installed
+	@echo "== mkdocs build --strict"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Three processes: of the tests that start Slurm or mpirun, most of the time is waiting.
 ## unit     unit tests, property tests and doctests; what launches mpirun itself is here too
@@ -87,14 +92,14 @@ NAME_ONE := name one: make PYTHON=python3.12
 	@touch $@
 
 .venv/.installed: .venv/.created setup.cfg pyproject.toml constraints.txt
-	@echo "== pip install -c constraints.txt -e .[mpi,dev] (some minutes, the first time)"
+	@echo "== pip install -c constraints.txt -e .[mpi,dev,docs] (some minutes, the first time)"
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) \
-	    -c constraints.txt -e '.[mpi,dev]'
+	    -c constraints.txt -e '.[mpi,dev,docs]'
 	@touch $@
 
 ## clean    remove .venv, caches and build files; runs/ and the fetched data stay
 clean:
-	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mpifedlora tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:
