@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,25 @@ class MeanPoolingClassifier(nn.Module):
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
         return Logits(self.classifier(mean.to(self.classifier.weight.dtype) * FEATURE_SCALE))
+
+
+class _Loading:
+    """Where the weights of base models that are loaded now go; None is the CPU."""
+
+    device_map: str | None = None
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Load base models on the device `meta` inside this block: shapes, and no weights.
+
+    A user's task may build its model by `build_base` too, so that this is no argument of it.
+    """
+    before, _Loading.device_map = _Loading.device_map, "meta"
+    try:
+        yield
+    finally:
+        _Loading.device_map = before
 
 
 def build_base(
@@ -147,7 +167,7 @@ def _mean_pooling(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     kind = AutoConfig.from_pretrained(name).model_type
     # BERT's pooler would be trained by nobody and yet exchanged by the full scope.
     options = {"add_pooling_layer": False} if kind in _WITH_POOLER else {}
-    encoder = AutoModel.from_pretrained(name, dtype=dtype, **options)
+    encoder = AutoModel.from_pretrained(name, dtype=dtype, device_map=_Loading.device_map, **options)
     return BaseModel(MeanPoolingClassifier(encoder, num_labels), ("classifier",))
 
 
@@ -155,7 +175,12 @@ def _stock(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     from transformers import AutoModelForSequenceClassification
 
     model, report = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=num_labels, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        name,
+        num_labels=num_labels,
+        dtype=dtype,
+        device_map=_Loading.device_map,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     fresh = {str(key[0] if isinstance(key, tuple) else key) for key in report["missing_keys"]}
     fresh |= {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]}

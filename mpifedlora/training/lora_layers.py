@@ -117,14 +117,10 @@ def lora_layer(peft_model: Any, name: str) -> Any:
     return peft_model.base_model.model.get_submodule(name)
 
 
-def head_parameters(peft_model: Any, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Return the trained copies of the modules to save, by name."""
-    found = {}
-    for name in names:
-        wrapper = peft_model.base_model.model.get_submodule(name)
-        for inner, parameter in wrapper.modules_to_save[ACTIVE].named_parameters():
-            found[f"{name}.{inner}"] = parameter
-    return found
+def head_parameters(peft_model: Any, names: Sequence[str]) -> list[nn.Parameter]:
+    """Return the trained copies of the modules to save, in order."""
+    wrappers = (peft_model.base_model.model.get_submodule(name) for name in names)
+    return [parameter for one in wrappers for parameter in one.modules_to_save[ACTIVE].parameters()]
 
 
 def set_factors(layer: Any, adapter: str, factors: Factors) -> list[nn.Parameter]:

@@ -17,34 +17,26 @@ from torch import Tensor, nn
 
 from mpifedlora.core.fresh import initial_adapter
 from mpifedlora.core.history import Lasting
-from mpifedlora.core.layout import (
-    AdapterLayout,
-    Factors,
-    LinearShape,
-    ModelShapes,
-    TensorShape,
-    copy_common,
-)
+from mpifedlora.core.layout import AdapterLayout, Factors, copy_common
 from mpifedlora.core.plan import RoundPlan, Segments
 from mpifedlora.core.server_optimizer import Cut, CutMap, carry_variate
 from mpifedlora.errors import ConfigError
-from mpifedlora.training.base import BaseModel, check_modules
+from mpifedlora.training.base import BaseModel
 from mpifedlora.training.flat import flatten, point, views
 from mpifedlora.training.lora_layers import (
     ACTIVE,
     FROZEN,
     adapt,
     export_adapter,
-    find_linears,
     fix,
     head_parameters,
-    is_inside,
     lora_config,
     lora_layer,
     nothing,
     set_factors,
     trained,
 )
+from mpifedlora.training.shapes import find_parts
 
 
 class FederatedModel:
@@ -76,22 +68,15 @@ class FederatedModel:
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
-        check_modules(base.module, modules_to_save)
-        whole = (*base.head_names, *modules_to_save)
-        linears = find_linears(base.module, target_modules, whole)
-        body = {
-            name: parameter
-            for name, parameter in base.module.named_parameters()
-            if not is_inside(name, whole)
-        }
+        parts = find_parts(base, target_modules, modules_to_save)
+        self.shapes, linears, whole = parts.shapes, parts.linears, parts.whole
         self.rank_max, self.scaling = rank_max, alpha / rank_max
         self.device = torch.device(device)
         self.options = {"lora_dropout": dropout, "modules_to_save": list(whole), "bias": "none"}
         self.peft_model = adapt(base.module, list(linears), self.options).to(self.device)
         self._layers = [lora_layer(self.peft_model, name) for name in linears]
-        self._body = list(body.values())
-        head = head_parameters(self.peft_model, whole)
-        self._head = list(head.values())
+        self._body = list(parts.body.values())
+        self._head = head_parameters(self.peft_model, whole)
         self._folds = all(layer.base_layer.weight.dtype == torch.float32 for layer in self._layers)
         self._frozen: list[list[Factors]] = [[] for _ in self._layers]
         self._is_full = False
@@ -102,11 +87,6 @@ class FederatedModel:
         self.variate = torch.empty(0)  # the server's control variate, as last received
         self._cuts: list[Cut] = []  # of rounds gone by, for control variates that clients kept
         self.built_in = 0  # the last round whose base weights, frozen directions and maps are in here
-        self.shapes = ModelShapes(
-            tuple(LinearShape(name, *linears[name].weight.shape) for name in linears),
-            tuple(TensorShape(name, tuple(parameter.shape)) for name, parameter in head.items()),
-            tuple(TensorShape(name, tuple(parameter.shape)) for name, parameter in body.items()),
-        )
         for layer in self._layers:
             layer.scaling[ACTIVE] = self.scaling
 
