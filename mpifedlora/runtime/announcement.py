@@ -103,17 +103,18 @@ def _budget(config: RunConfig) -> str:
     return text if set(ranks) == {lora.rank_max} else f"{text}, clients' ranks {min(ranks)} to {max(ranks)}"
 
 
-def label_lines(table: Ints, names: Sequence[str]) -> Iterator[str]:
+def label_lines(table: Ints, names: Sequence[str], most: int = MAX_LABELS) -> Iterator[str]:
     """Return the clients' label counts as a table; the most frequent labels, and the first clients.
 
     Args:
         table: (num_clients, num_labels).
         names: of the labels.
+        most: labels that have a column of their own.
     """
     by_size = np.argsort(-table.sum(axis=0), kind="stable")
     # One label tells no more than the sum.
-    shown = sorted(by_size[:MAX_LABELS].tolist()) if len(names) > 1 else []
-    others = sorted(by_size[MAX_LABELS:].tolist())
+    shown = sorted(by_size[:most].tolist()) if len(names) > 1 else []
+    others = sorted(by_size[most:].tolist())
     heads = [names[label][-LABEL_WIDTH:] for label in shown] + (["others"] if others else [])
     yield f"training examples of each client{', by label' if shown else ''}:"
     yield _cells("client", ["all", *heads])

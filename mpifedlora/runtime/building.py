@@ -10,6 +10,7 @@ from mpifedlora.core.tasks import is_own
 from mpifedlora.io.model_files import model_path
 
 if TYPE_CHECKING:
+    from mpifedlora.core.layout import ModelShapes
     from mpifedlora.training.base import BaseModel
     from mpifedlora.training.models import FederatedModel
     from mpifedlora.training.task import Task
@@ -47,6 +48,25 @@ def build_task(config: RunConfig, label_names: Sequence[str], device: str = "cpu
         cache=cached_tokens,
     )
     return build_task(name, builder, setup)
+
+
+def read_shapes(config: RunConfig, label_names: Sequence[str]) -> ModelShapes:
+    """Return the shapes of the model that a run would train, without its weights.
+
+    Args:
+        config: of the run.
+        label_names: of the data.
+
+    Raises:
+        AdapterError: as for a run.
+        ConfigError: as for a run.
+    """
+    from mpifedlora.training.base import without_weights
+    from mpifedlora.training.shapes import find_parts
+
+    with without_weights():
+        base, _ = build_task(config, label_names)
+    return find_parts(base, config.lora.target_modules, config.lora.modules_to_save).shapes
 
 
 def build_model(config: RunConfig, base: BaseModel, device: str = "cpu") -> FederatedModel:
