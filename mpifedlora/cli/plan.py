@@ -53,7 +53,8 @@ def command(
     send, to the byte; where trained values decide (spectral allocation, measured schedules), bounds.
     """
     import json
-    import shutil
+
+    from rich.console import Console
 
     from mpifedlora.io import plan_figure
     from mpifedlora.runtime import outlook, outlook_text
@@ -64,7 +65,7 @@ def command(
     if as_json:
         click.echo(json.dumps(outlook_text.outlook_values(found), indent=2))
     else:
-        for line in outlook_text.outlook_lines(found, shutil.get_terminal_size((100, 24)).columns):
+        for line in outlook_text.outlook_lines(found, Console().width):
             click.echo(line)
     if plot is not None:
         plan_figure.write_plan_figure(plot, outlook_text.outlook_values(found))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import UPDATE_HEADER, WireFormat
 from mpifedlora.errors import TrainingError
 from mpifedlora.io.datasets import Examples
+from mpifedlora.io.scratch import scratch_folder
 from mpifedlora.runtime import setup
 from mpifedlora.runtime.setup import FederatedData, Replica
 from mpifedlora.runtime.worker import Worker
@@ -85,9 +84,9 @@ def calibrate(
     threads = setup.choose_threads(config.training.threads, num_cores, num_workers + 1)
     device = setup.choose_device(config.training.device, setup.num_visible_gpus(), 0, 1)
     setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         sample = _sample(config, data)
-        replica = setup.build_replica(config, sample, device, Path(folder))
+        replica = setup.build_replica(config, sample, device, folder)
         timer = _StepTimer(replica, switches.wire)
         scopes = dict.fromkeys(plan.scope for plan in plans)
         steps = {scope: timer.points([one for one in plans if one.scope == scope]) for scope in scopes}
