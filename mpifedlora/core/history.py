@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.layout import AdapterLayout, Factors, ModelShapes
+from mpifedlora.core.lowrank import concatenate
 from mpifedlora.core.plan import RoundPlan
 
 
@@ -57,3 +58,41 @@ def trained_base(history: Sequence[Lasting], shapes: ModelShapes) -> Tensor | No
             base: Tensor = one.plan.split(shapes, one.values).base
             return base
     return None
+
+
+class Trained(NamedTuple):
+    """A global model: what the rounds so far have made of the pre-trained one.
+
+    Args:
+        shapes: of the model.
+        plan: of the round to come.
+        state: (state values,) float32, in that round's layout.
+        history: what messages have brought once.
+    """
+
+    shapes: ModelShapes
+    plan: RoundPlan
+    state: Tensor
+    history: Sequence[Lasting]
+
+    def adapter(self) -> tuple[list[Factors], list[Tensor]]:
+        """Return the global adapter: each module's active and frozen directions joined, and the head.
+
+        The joined rank is at most rank_max, the rank that training started with.
+        """
+        layout = self.plan.layout(self.shapes)
+        frozen = [one.frozen(self.shapes) for one in self.history]
+        joined = map(concatenate, zip(layout.factors(self.state), *frozen, strict=True))
+        return list(joined), layout.whole_tensors(self.state)
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """Return the base weights that a `full` stage has trained, by name."""
+        if self.plan.scope == "full":
+            layout, flat = self.shapes.full(), self.state
+        else:
+            body = trained_base(self.history, self.shapes)
+            if body is None:
+                return {}
+            layout, flat = self.shapes.base(), body
+        tensors = layout.whole_tensors(flat)
+        return {shape.name: tensor for shape, tensor in zip(layout.whole, tensors, strict=True)}

@@ -19,9 +19,8 @@ from mpifedlora.core.annealer import Annealer
 from mpifedlora.core.combining import Combination
 from mpifedlora.core.faults import count_failures
 from mpifedlora.core.fresh import initial_adapter
-from mpifedlora.core.history import Lasting, lasting, trained_base
-from mpifedlora.core.layout import Factors, ModelShapes
-from mpifedlora.core.lowrank import concatenate
+from mpifedlora.core.history import Lasting, Trained, lasting
+from mpifedlora.core.layout import ModelShapes
 from mpifedlora.core.opening import (
     Lost,
     Opening,
@@ -300,24 +299,7 @@ class Coordinator:
         self.lost = lost
         self.next_plan, self.message, self.state, self.wire = opening
 
-    def adapter(self) -> tuple[list[Factors], list[Tensor]]:
-        """Return the global adapter: each module's active and frozen directions joined, and the head.
-
-        The joined rank is at most rank_max, the rank that training started with.
-        """
-        layout = self.next_plan.layout(self.shapes)
-        frozen = [one.frozen(self.shapes) for one in self.history]
-        joined = map(concatenate, zip(layout.factors(self.state), *frozen, strict=True))
-        return list(joined), layout.whole_tensors(self.state)
-
-    def base_weights(self) -> dict[str, Tensor]:
-        """Return the base weights that a `full` stage has trained, by name."""
-        if self.next_plan.scope == "full":
-            layout, flat = self.shapes.full(), self.state
-        else:
-            body = trained_base(self.history, self.shapes)
-            if body is None:
-                return {}
-            layout, flat = self.shapes.base(), body
-        tensors = layout.whole_tensors(flat)
-        return {shape.name: tensor for shape, tensor in zip(layout.whole, tensors, strict=True)}
+    @property
+    def trained(self) -> Trained:
+        """What the rounds so far have made of the model."""
+        return Trained(self.shapes, self.next_plan, self.state, self.history)

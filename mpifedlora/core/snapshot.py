@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpifedlora.core.history import Lasting
+from mpifedlora.core.history import Lasting, Trained
 from mpifedlora.core.layout import ModelShapes
 from mpifedlora.core.opening import Lost, prepare
 from mpifedlora.core.plan import RoundPlan
@@ -130,6 +130,12 @@ def model_state(tensors: Mapping[str, Tensor], shapes: ModelShapes) -> Tensor:
         return tensors["state"]
     state: Tensor = _unpacked(tensors["plan"], shapes).split(shapes, tensors["message"]).state
     return state
+
+
+def trained(tensors: Mapping[str, Tensor], shapes: ModelShapes) -> Trained:
+    """Return the global model that a snapshot's tensors hold."""
+    plan = _unpacked(tensors["plan"], shapes)
+    return Trained(shapes, plan, model_state(tensors, shapes), history(tensors, shapes))
 
 
 def _holds_state(shapes: ModelShapes, plan: RoundPlan) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mpifedlora.io.atomic import refusal, replace_file
 from mpifedlora.io.output_folder import BASE_FOLDER
 
 BASE_FILE = "model.safetensors"
+LABELS_FILE = "labels.json"
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -41,6 +42,30 @@ def read_base_weights(run_folder: Path) -> dict[str, Tensor]:
     """Return the base weights of a run that changed them, by name; empty where it did not."""
     file = run_folder / BASE_FOLDER / BASE_FILE
     return load_file(file) if file.is_file() else {}
+
+
+def write_labels(folder: Path, label_names: Sequence[str]) -> None:
+    """Write the labels' names in their order, for whoever builds the base model again.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    _write_files(folder, {LABELS_FILE: json.dumps(list(label_names), ensure_ascii=False).encode()})
+
+
+def read_labels(folder: Path) -> list[str] | None:
+    """Return what `write_labels` has written; None where it has not."""
+    file = folder / LABELS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name as safetensors.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    _write_files(file.parent, {file.name: _encode(tensors)})
 
 
 def _encode(tensors: Mapping[str, Tensor]) -> bytes:

@@ -99,6 +99,30 @@ class CheckpointStore:
             )
         return None
 
+    def rounds(self) -> list[int]:
+        """Return the rounds that there is a checkpoint of, in order."""
+        return sorted({round_num for round_num, _ in self._files()})
+
+    def read(self, round_num: int) -> bytes:
+        """Return the content of one round's checkpoint.
+
+        Raises:
+            CheckpointError: if there is none, or it is damaged.
+        """
+        path = next((path for its_round, path in self._files() if its_round == round_num), None)
+        if path is None:
+            there = ", ".join(map(str, self.rounds())) or "none"
+            raise CheckpointError(
+                f"--round must be a round with a checkpoint, got {round_num} (in {self._folder}: {there}); "
+                "a run keeps the last checkpoint.keep of them, one in checkpoint.every rounds: raise keep first"
+            )
+        content, damage = _read(path)
+        if damage:
+            raise CheckpointError(
+                f"a checkpoint must be whole, got one that is {damage} ({path}); use another"
+            )
+        return content
+
     def _files(self) -> list[tuple[int, Path]]:
         paths = self._folder.glob("round-*.safetensors") if self._folder.is_dir() else []
         matches = ((_NAME.fullmatch(path.name), path) for path in paths)

@@ -26,6 +26,11 @@ def model_path(name: str) -> str:
     return str(folder) if folder else _HUB_MINILM
 
 
+def hub_name(name: str) -> str:
+    """Return what others know a model by: `minilm` has a name on the hub too."""
+    return _HUB_MINILM if name == "minilm" else name
+
+
 def check_model_folder(name: str) -> None:
     """Check that a local model folder holds a configuration and weights; hub names are left alone.
 

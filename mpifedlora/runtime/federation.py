@@ -10,24 +10,17 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import Tensor
-
 from mpifedlora.core.agreement import Status
 from mpifedlora.core.config import RunConfig
-from mpifedlora.core.layout import Factors
 from mpifedlora.core.parts import pays
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.privacy import spent_epsilon
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.switches import Switches
 from mpifedlora.errors import CheckpointError
-from mpifedlora.io.adapter_files import write_adapter, write_base_weights
 from mpifedlora.io.checkpoints import CheckpointStore
 from mpifedlora.io.output_folder import (
-    ADAPTER_FOLDER,
-    BASE_FOLDER,
     CHECKPOINTS_FOLDER,
-    CLIENT_ADAPTERS_FOLDER,
     RESULTS_FILE,
     FolderLock,
     prepare_output_folder,
@@ -39,6 +32,7 @@ from mpifedlora.io.run_file import ResolvedRun, write_run_file
 from mpifedlora.runtime.announcement import first_lines
 from mpifedlora.runtime.callbacks import Callback, Callbacks, Outcome, Run
 from mpifedlora.runtime.checkpointing import Checkpointer, Resumption, snapshot
+from mpifedlora.runtime.exporting import TrainedModel
 from mpifedlora.runtime.gpu_buffers import used_gpu_buffers
 from mpifedlora.runtime.interruption import EXIT_INTERRUPTED, Interruption
 from mpifedlora.runtime.method import build_switches, choose_collect, expected_cohort, has_private_noise
@@ -140,7 +134,8 @@ def conduct(
     is_whole = len(writer.rows) == config.federation.num_rounds
     writer.set_status("finished" if is_whole else "interrupted")
     if is_whole:
-        is_saved = saver.attempt(lambda: _export(out, config, replica, server.coordinator)) and is_saved
+        final = TrainedModel(config, model, coordinator.trained, replica.memory)
+        is_saved = saver.attempt(lambda: final.write_all(out)) and is_saved
     is_saved = saver.attempt(writer.write) and is_saved
     results = writer.results()
     callbacks.on_end(results)
@@ -259,31 +254,6 @@ def _run_rounds(
             taken = snapshot(server, config)
             saver.attempt(partial(checkpointer.save, row.round_num, taken))
         callbacks.on_round_end(row)
-
-
-def _export(out: Path, config: RunConfig, replica: Replica, coordinator: Coordinator) -> None:
-    changed = coordinator.base_weights()
-    if coordinator.switches.aggregator.folds and coordinator.next_plan.scope != "full":
-        changed.update(replica.model.adapted_weights())
-    if changed:
-        write_base_weights(out / BASE_FOLDER, changed)
-    if coordinator.next_plan.keeps_b:
-        for client_id, round_num in enumerate(coordinator.state_rounds):
-            if round_num:
-                own = replica.personal_adapter(coordinator.next_plan, client_id)
-                _export_adapter(
-                    out / CLIENT_ADAPTERS_FOLDER / f"client-{client_id:05d}", config, replica, *own
-                )
-    elif coordinator.next_plan.scope != "full":
-        _export_adapter(out / ADAPTER_FOLDER, config, replica, *coordinator.adapter())
-
-
-def _export_adapter(
-    folder: Path, config: RunConfig, replica: Replica, factors: Sequence[Factors], head: Sequence[Tensor]
-) -> None:
-    settings, tensors = replica.model.export(factors, head)
-    settings["base_model_name_or_path"] = config.model.name
-    write_adapter(folder, settings, tensors)
 
 
 def _run_info(

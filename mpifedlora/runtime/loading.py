@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mpifedlora.io.adapter_files import read_base_weights
-from mpifedlora.io.output_folder import RESULTS_FILE, RUN_FILE
+from mpifedlora.io.adapter_files import read_base_weights, read_labels
+from mpifedlora.io.output_folder import RUN_FILE
 from mpifedlora.io.results import read_results
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime.building import build_task
@@ -28,7 +28,7 @@ def load_base_model(run_folder: str | os.PathLike[str]) -> Module:
     A run of the whole model (`fedavg`) has no adapter: the model returned is the trained one.
 
     Args:
-        run_folder: `--out` of a finished run.
+        run_folder: `--out` of a finished run, or an adapter of `mpifedlora export`.
 
     Returns:
         The model in evaluation mode, with the pre-trained weights, or those that the run has trained
@@ -40,7 +40,8 @@ def load_base_model(run_folder: str | os.PathLike[str]) -> Module:
         ConfigError: if its run file cannot be read.
     """
     folder = Path(run_folder)
-    labels = read_results(folder / RESULTS_FILE).info.label_names
+    labels = read_labels(folder)
+    labels = list(read_results(folder).info.label_names) if labels is None else labels
     quiet_libraries()
     base, _ = build_task(read_run_file(folder / RUN_FILE).config, labels)
     return load_weights(base, read_base_weights(folder))

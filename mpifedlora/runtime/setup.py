@@ -27,10 +27,6 @@ from mpifedlora.io.model_files import check_model_folder, check_targets, model_p
 from mpifedlora.runtime.building import build_model, build_task
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mpifedlora.core.layout import Factors
-    from mpifedlora.core.plan import RoundPlan
     from mpifedlora.runtime.evaluation import Evaluation
     from mpifedlora.runtime.memory import Memory
     from mpifedlora.training.local import LocalSettings
@@ -123,12 +119,6 @@ class Replica:
     data: FederatedData
     settings: LocalSettings
     memory: Memory
-
-    def personal_adapter(self, plan: RoundPlan, client_id: int) -> tuple[list[Factors], list[Tensor]]:
-        """Return a client's own adapter: the global A and head with its B."""
-        layout = plan.trained_layout(self.model.shapes, client_id)
-        flat = self.model.start(plan, client_id, self.memory.recall(plan, client_id))
-        return layout.factors(flat), layout.whole_tensors(flat)
 
     def examples_of(self) -> Callable[[int], EncodedExamples]:
         """Return a function that gives a client's examples; all are encoded when one is first needed."""

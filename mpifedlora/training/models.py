@@ -21,7 +21,7 @@ from mpifedlora.core.layout import AdapterLayout, Factors, copy_common
 from mpifedlora.core.plan import RoundPlan, Segments
 from mpifedlora.core.server_optimizer import Cut, CutMap, carry_variate
 from mpifedlora.errors import ConfigError
-from mpifedlora.training.base import BaseModel
+from mpifedlora.training.base import BaseModel, MeanPoolingClassifier
 from mpifedlora.training.flat import flatten, point, views
 from mpifedlora.training.lora_layers import (
     ACTIVE,
@@ -89,6 +89,11 @@ class FederatedModel:
         self.built_in = 0  # the last round whose base weights, frozen directions and maps are in here
         for layer in self._layers:
             layer.scaling[ACTIVE] = self.scaling
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the head is ours, on mean-pooled features."""
+        return isinstance(self.peft_model.base_model.model, MeanPoolingClassifier)
 
     def initial_state(self, plan: RoundPlan) -> Tensor:
         """Return the flat state of round 1, which every process derives alike: (num_values,) float32.

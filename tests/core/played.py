@@ -129,11 +129,11 @@ def _snapshot(coordinator: Coordinator) -> Coordinator:
 def exported_model(played: Played) -> Tensor:
     """What a run would leave behind; folded directions are in the weights of the server's own model only."""
     coordinator, worker = played.coordinator, played.got
-    changed = [tensor.reshape(-1).double() for tensor in coordinator.base_weights().values()]
+    changed = [tensor.reshape(-1).double() for tensor in coordinator.trained.base_weights().values()]
     if worker.plan.scope == "full":
         return torch.cat(changed)
     body = torch.cat(changed) if changed else initial_body(worker.seed)
-    factors, head = coordinator.adapter()
+    factors, head = coordinator.trained.adapter()
     body = add_products(worker.body if played.case.folds else body, factors)
     return torch.cat([body, *(tensor.reshape(-1).double() for tensor in head)])
 

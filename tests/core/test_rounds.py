@@ -141,7 +141,7 @@ def test_ranks_never_rise_and_join_to_at_most_rank_max(case: Case) -> None:
         if played.plan.scope == "adapter":
             assert all(r >= one >= 1 for r, one in zip(played.plan.lora_ranks, after, strict=True))
         if played.next_plan.scope == "adapter":
-            joined = [part.lora_rank for part in played.coordinator.adapter()[0]]
+            joined = [part.lora_rank for part in played.coordinator.trained.adapter()[0]]
             if case.client_ranks and case.kind == "product":
                 assert all(x <= y <= z for x, y, z in zip(after, joined, (4, 3, 4), strict=True))
             else:
@@ -423,7 +423,7 @@ def test_hand_sized_round(hand: Hand) -> None:
     report = coordinator.finish(
         [ClientUpdate(i, 3 - i, 1, 1.0 + i, 0.5, 0.1, True, row) for i, row in enumerate(rows)]
     )
-    ((active,), (head,)) = coordinator.adapter()
+    ((active,), (head,)) = coordinator.trained.adapter()
     assert torch.allclose(active.b @ active.a, torch.tensor(hand.active), atol=1e-6)
     assert (float(head), report.train_loss) == pytest.approx((hand.head, hand.train_loss))
     energies = (report.aggregation_error**2, report.dropped_energy)
@@ -939,14 +939,14 @@ def test_annealing_opens_after_full_rounds_on_the_mean_weights(seed: int) -> Non
 def test_base_weights_are_named_where_they_changed() -> None:
     names = [tensor.name for tensor in SHAPES.body]
     heads = [tensor.name for tensor in SHAPES.head]
-    assert Case().coordinator().base_weights() == {}
-    assert list(FULL.coordinator().base_weights()) == names + heads
+    assert Case().coordinator().trained.base_weights() == {}
+    assert list(FULL.coordinator().trained.base_weights()) == names + heads
     opened = Case(initiating="full").coordinator()
     for _ in range(2):
         opened.finish([ClientUpdate(0, 1, 1, 0.0, 0.0, 0.0, True, opened.state + 1)])
-    assert list(opened.base_weights()) == names
+    assert list(opened.trained.base_weights()) == names
     wanted = (initial_body(0) + 2)[:63].view(9, 7)
-    assert torch.allclose(opened.base_weights()["q.weight"], wanted)
+    assert torch.allclose(opened.trained.base_weights()["q.weight"], wanted)
 
 
 @over([Case(), PERSONAL[1], VARIATE_CASES[0]])
