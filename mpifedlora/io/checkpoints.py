@@ -114,7 +114,7 @@ class CheckpointStore:
             there = ", ".join(map(str, self.rounds())) or "none"
             raise CheckpointError(
                 f"--round must be a round with a checkpoint, got {round_num} (in {self._folder}: {there}); "
-                "a run keeps the last checkpoint.keep of them, one in checkpoint.every rounds: raise keep first"
+                "a run keeps the last checkpoint.keep of them, one in checkpoint.every rounds: raise it"
             )
         content, damage = _read(path)
         if damage:
