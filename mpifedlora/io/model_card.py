@@ -32,6 +32,8 @@ class CardFacts:
         max_length: tokens that texts were cut to.
         lora_ranks: of the adapter's modules; empty without an adapter.
         client_id: whose own model it is, if it is one's.
+        pipeline: what the hub calls the task; empty for one of a user's own.
+        class_name: of the model.
     """
 
     title: str
@@ -43,6 +45,8 @@ class CardFacts:
     max_length: int
     lora_ranks: Sequence[int]
     client_id: int | None = None
+    pipeline: str = ""
+    class_name: str = ""
 
 
 def model_card(results: Results, facts: CardFacts) -> str:
@@ -56,21 +60,21 @@ def _front_matter(results: Results, facts: CardFacts) -> str:
     lines = [f"library_name: {'transformers' if facts.is_merged else 'peft'}"]
     if _HUB_NAME.fullmatch(facts.base_model) and not Path(facts.base_model).exists():
         lines.append(f"base_model: {facts.base_model}")
-    if info.label_names:
-        lines.append("pipeline_tag: text-classification")
+    if facts.pipeline:
+        lines.append(f"pipeline_tag: {facts.pipeline}")
     lines += [
         "tags:",
         *(f"- {_yaml(tag)}" for tag in ("federated-learning", "lora", "mpifedlora", info.method)),
     ]
     metrics = [(kind, name, value) for kind, name, value in _metrics(results, facts) if math.isfinite(value)]
     # The figures are those of the global model, or a mean over the clients' own.
-    if metrics and info.label_names and facts.client_id is None:
+    if metrics and facts.pipeline and facts.client_id is None:
         lines += [
             "model-index:",
             f"- name: {_yaml(facts.title)}",
             "  results:",
             "  - task:",
-            "      type: text-classification",
+            f"      type: {facts.pipeline}",
             "    dataset:",
             f"      name: {_yaml(info.dataset)}",
             f"      type: {_yaml(Path(info.dataset).stem)}",
@@ -87,10 +91,12 @@ def _yaml(text: str) -> str:
 
 def _metrics(results: Results, facts: CardFacts) -> list[tuple[str, str, float]]:
     rounds, row = results.rounds, _row(results, facts)
+    others = zip(results.info.metric_names, rounds["eval_metrics"][row], strict=True)
     return [
         ("accuracy", "accuracy", float(rounds["eval_accuracy"][row])),
         ("f1", "macro-F1", float(rounds["eval_macro_f1"][row])),
         ("loss", "loss", float(rounds["eval_loss"][row])),
+        *((name, name.replace("_", " "), float(value)) for name, value in others),
     ]
 
 
@@ -136,6 +142,8 @@ def _figures(results: Results, facts: CardFacts) -> str:
 def _usage(facts: CardFacts) -> str:
     if not facts.is_merged:
         return _ADAPTER_POOLED if facts.is_pooled else _ADAPTER_STOCK
+    if not facts.is_pooled and facts.pipeline != "text-classification":
+        return _MERGED_OTHER.replace("CLASS", facts.class_name)
     text = _MERGED_POOLED if facts.is_pooled else _MERGED_STOCK
     return text.replace("SCALE", f"{facts.feature_scale:g}").replace("LENGTH", str(facts.max_length))
 
@@ -175,6 +183,17 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER").eval()
 batch = tokenizer(["a text"], return_tensors="pt", padding=True, truncation=True, max_length=LENGTH)
 logits = model(**batch).logits
+```
+
+`FOLDER` is this folder.
+"""
+
+_MERGED_OTHER = """## Use
+
+```python
+from transformers import CLASS
+
+model = CLASS.from_pretrained("FOLDER").eval()
 ```
 
 `FOLDER` is this folder.

@@ -13,17 +13,20 @@ from mpifedlora.io.checkpoints import CheckpointStore
 from mpifedlora.io.client_store import ClientStore
 from mpifedlora.io.export_folder import check_new_folder, new_folder
 from mpifedlora.io.model_card import POOLED_HEAD_FILE, CardFacts, model_card
-from mpifedlora.io.model_files import hub_name, model_path
+from mpifedlora.io.model_files import hub_name
 from mpifedlora.io.output_folder import CHECKPOINTS_FOLDER, CLIENT_STATES_FOLDER, RUN_FILE, free_name
 from mpifedlora.io.results import Results, read_results
 from mpifedlora.io.run_file import read_run_file, write_run_file
+from mpifedlora.runtime.building import build_model, build_task
 from mpifedlora.runtime.checkpointing import Resumption
 from mpifedlora.runtime.exporting import Adapter, TrainedModel
 from mpifedlora.runtime.memory import Memory
-from mpifedlora.runtime.setup import build_base_model, build_model, quiet_libraries
+from mpifedlora.runtime.setup import quiet_libraries
 from mpifedlora.training.base import FEATURE_SCALE, load_weights
 from mpifedlora.training.merging import merge_adapter, save_model
-from mpifedlora.training.tasks import load_tokenizer
+from mpifedlora.training.task import TextTask
+
+_PIPELINES = {"classification": "text-classification"}
 
 
 def export(
@@ -61,6 +64,8 @@ def export(
         max_length=model.config.data.max_length,
         lora_ranks=[part.lora_rank for part in adapter[0]] if adapter else [],
         client_id=client_id,
+        pipeline=_PIPELINES.get(model.config.task.name, ""),
+        class_name=type(model.model.peft_model.base_model.model).__name__,
     )
     labels = results.info.label_names
     with new_folder(out) as made:
@@ -86,7 +91,8 @@ def _model_after(run_folder: Path, round_num: int | None, results: Results) -> t
         )
     chosen = there[-1] if round_num is None else round_num
     resumption = Resumption.read(store.read(chosen))
-    model = build_model(config, len(results.info.label_names))
+    base, _ = build_task(config, results.info.label_names)
+    model = build_model(config, base)
     resumption.recover(model)
     state = trained(resumption.tensors, model.shapes)
     # The last message may not have come yet when the checkpoint was taken.
@@ -131,9 +137,11 @@ def _write_adapter(folder: Path, model: TrainedModel, adapter: Adapter, labels: 
 
 def _write_merged(folder: Path, model: TrainedModel, adapter: Adapter | None, labels: Sequence[str]) -> None:
     config = model.config
-    module = load_weights(build_base_model(config, len(labels)), model.changed_weights())
+    base, task = build_task(config, labels)
+    module = load_weights(base, model.changed_weights())
     if adapter is not None:
         merge_adapter(module, model.model.shapes, *adapter, model.model.scaling)
     if head := save_model(module, folder, labels, config.model.dtype if adapter else "float32"):
         write_tensors(folder / POOLED_HEAD_FILE, head)
-    load_tokenizer(model_path(config.model.name)).save_pretrained(folder)
+    if isinstance(task, TextTask):
+        task.tokenizer.save_pretrained(folder)

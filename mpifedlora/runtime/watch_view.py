@@ -53,7 +53,7 @@ def frame(title: str, sight: Sight, width: int, height: int, shades: str) -> lis
     num_events = min(len(sight.results.events), max(1, left - _LEAST_CHART - 1)) if left > 1 else 0
     events = _events(sight, min(num_events, max(left // 3, left - _MOST_CHART - 1)))
     chart_height = min(_MOST_CHART, left - len(events))
-    chart = _accuracy(sight, width, chart_height, shades) if chart_height >= _LEAST_CHART else []
+    chart = _measured(sight, width, chart_height, shades) if chart_height >= _LEAST_CHART else []
     return [_cut(line, width) for line in [*head, *chart, *middle, *events]][:height]
 
 
@@ -84,23 +84,26 @@ def _position(sight: Sight, width: int) -> Text:
     return Text(f"{text}  last written {human_time(sight.age_s)} ago")
 
 
-def _accuracy(sight: Sight, width: int, height: int, shades: str) -> list[Text]:
+def _measured(sight: Sight, width: int, height: int, shades: str) -> list[Text]:
+    """Draw the accuracy, or the loss where the task has none."""
     assert sight.results is not None
-    values = sight.results.rounds["eval_accuracy"].tolist()
-    known = [(value, index + 1) for index, value in enumerate(values) if math.isfinite(value)]
-    if not known:
+    rounds = sight.results.rounds
+    has_accuracy = np.isfinite(rounds["eval_accuracy"]).any()
+    name, best_of = ("accuracy", np.nanargmax) if has_accuracy else ("loss", np.nanargmin)
+    values = rounds[f"eval_{name}"]
+    known = values[np.isfinite(values)]
+    if not len(known):
         return []
-    best, best_round = max(known, key=lambda pair: pair[0])
-    low = min(value for value, _ in known)
-    title = f"accuracy {known[-1][0]:.3f}, best {best:.3f} (round {best_round})"
-    room = width - NAME_WIDTH
-    lines = bars(values, sight.num_rounds, room, height - 1, low=low, shades=shades)
-    labels = {0: f"{best:.3f}", len(lines) - 1: f"{low:.3f}"}
+    best = int(best_of(values))
+    title = f"{name} {known[-1]:.3f}, best {values[best]:.3f} (round {best + 1})"
+    low, high = float(known.min()), float(known.max())
+    lines = bars(values.tolist(), sight.num_rounds, width - NAME_WIDTH, height - 1, low=low, shades=shades)
+    labels = {0: f"{high:.3f}", len(lines) - 1: f"{low:.3f}"}
     rows = [
         Text(f"{labels.get(index, ''):>{NAME_WIDTH - 2}}  ").append(line, "green")
         for index, line in enumerate(lines)
     ]
-    return [Text(title, "bold"), *rows]
+    return [Text(title if has_accuracy else f"evaluation {title}", "bold"), *rows]
 
 
 def _curves(sight: Sight, width: int, shades: str) -> Iterator[Text]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.layout import Factors, ModelShapes
+from mpifedlora.errors import AdapterError
 from mpifedlora.training.base import MeanPoolingClassifier, Module
 
 
@@ -44,12 +45,20 @@ def save_model(module: Module, folder: Path, label_names: Sequence[str], dtype: 
 
     Returns:
         The weights of a head that no class of transformers has, by name, which are not written.
+
+    Raises:
+        AdapterError: if it is no model of transformers.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     is_pooled = isinstance(module, MeanPoolingClassifier)
     model: Any = module.encoder if is_pooled else module
+    if not hasattr(model, "save_pretrained"):
+        raise AdapterError(
+            f"--merge needs a model of transformers, got a {type(model).__name__}; leave --merge out: the "
+            "adapter fits what the task's file builds"
+        )
     if label_names:
         model.config.id2label = dict(enumerate(label_names))
         model.config.label2id = {name: number for number, name in enumerate(label_names)}

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mpifedlora import load_base_model, read_results
 from mpifedlora.errors import CheckpointError, ConfigError
@@ -19,7 +19,6 @@ from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime import launch
 from mpifedlora.runtime.export import export
 from mpifedlora.runtime.setup import read_data
-from mpifedlora.training.tasks import load_tokenizer
 
 KEEP = ("checkpoint.keep=4",)
 RUNS = {
@@ -52,8 +51,10 @@ def figures(logits_of, run_folder):
     """Return loss and accuracy on the run's test examples of what gives logits for a batch."""
     config = read_run_file(run_folder / "run.toml").config
     test = read_data(config).dataset.test
-    tokenizer = load_tokenizer(config.model.name)
-    batch = tokenizer(list(test.texts), return_tensors="pt", padding=True, truncation=True, max_length=24)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    batch = tokenizer(
+        list(test.columns["text"]), return_tensors="pt", padding=True, truncation=True, max_length=24
+    )
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         logits = logits_of(batch).float()
@@ -202,3 +203,50 @@ def test_the_card_is_what_the_hub_reads(made, tmp_path):
     assert f"| accuracy | {results.rounds['eval_accuracy'][2]:.4f} |" in card.text
     assert "| rounds | 3, the last in stage annealing |" in card.text
     assert Path(out / "run.toml").is_file()
+
+
+OWN_TASK = """
+import numpy as np
+from mpifedlora.core.metrics import Metrics
+from mpifedlora.training.task import TextTask
+
+class Length(TextTask):
+    statistics = ("error",)
+    metric_names = ("rmse",)
+
+    def encode(self, columns, labels):
+        lengths = np.array([len(text) for text in columns["text"]], np.float32)
+        return self.encode_texts(columns["text"], {"labels": lengths})
+
+    def loss(self, outputs, targets):
+        return (outputs[:, 0].float() - targets / 50).square().mean()
+
+    def measure(self, model, inputs, targets):
+        return (model(inputs).float() - targets[:, None] / 50).cpu()
+
+    def metrics(self, statistics, examples):
+        mean_square = float((statistics.astype(float) ** 2).mean())
+        return Metrics(loss=mean_square, others={"rmse": 50 * mean_square**0.5})
+
+def build(setup):
+    task = Length(setup.tokenizer(), setup.max_length, setup.device, setup.cache)
+    return setup.classifier(num_outputs=1), task
+"""
+
+
+def test_a_task_of_ones_own(tmp_path):
+    run_file = support.make_run_file(tmp_path)
+    (tmp_path / "length.py").write_text(OWN_TASK)
+    settings = [f"task.name={tmp_path}/length.py:build", "data.partition=iid", "federation.num_rounds=2"]
+    assert launch.run(run_file, settings, tmp_path / "run", False) == 0
+    for merges in (False, True):
+        out = tmp_path / f"out-{merges}"
+        export(tmp_path / "run", out, merges=merges)
+        card = ModelCard.load(out / "README.md")
+        assert card.data.pipeline_tag is None
+        assert f"| rmse | {read_results(tmp_path / 'run').rounds['eval_metrics'][1, 0]:.4f} |" in card.text
+    batch = support.make_batch()
+    merged = run_card(tmp_path / "out-True", batch)["logits"]
+    with torch.no_grad():
+        wanted = run_card(tmp_path / "out-False", None)["model"](**batch).logits
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-5)

@@ -202,6 +202,12 @@ class TestFrame:
         assert re.search(r"^loss +-", text, re.MULTILINE)
         assert re.search(r"^rank +-", text, re.MULTILINE)
 
+    def test_a_task_without_accuracy_shows_its_loss(self, tmp_path):
+        rows = [make_row(number, eval_accuracy=float("nan")) for number in (1, 2)]
+        lines = shown(Sight("running", write_results(tmp_path, rows), 5.0))
+        assert lines[2] == "evaluation loss 0.750, best 0.750 (round 2)"
+        assert [line[:10] for line in (lines[3], lines[9])] == ["   1.500  ", "   0.750  "]
+
     def test_a_run_that_can_go_on_says_how(self, tmp_path):
         results = write_results(tmp_path, rows_up_to(2), "interrupted")
         assert "go on with: mpifedlora run --resume --out runs/demo" in shown(
