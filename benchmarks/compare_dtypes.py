@@ -17,8 +17,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from compare_methods import assignments, run_once, write_csv
+from compare_methods import assignments, run_once
 
+from mpifedlora.io.compare import write_csv
 from mpifedlora.io.results import Results
 
 Row = Mapping[str, object]

@@ -9,7 +9,6 @@ the test part. Finished runs are not run again, so the command can be stopped an
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ import click
 import numpy as np
 
 from mpifedlora.errors import CheckpointError
+from mpifedlora.io.compare import write_csv
 from mpifedlora.io.results import Results, read_results
 
 ADAPTER_RATES = (2e-3, 4e-3)
@@ -120,15 +120,6 @@ def _row(trial: Trial, results: Results) -> dict[str, object]:
         "sent_bytes": results.baselines.sent_bytes,
         "reduction_vs_full_model": round(results.baselines.reduction_vs_full_model, 4),
     }
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write one line a row, under a line with the names of the first row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _table(rows: Iterable[Mapping[str, object]]) -> str:

@@ -7,6 +7,7 @@ common form of colour vision tells apart; lines have a marker of their own as we
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,13 +92,16 @@ def render(
     from matplotlib.figure import Figure
 
     files = {}
-    with style(extra):
+    with style(extra), warnings.catch_warnings():
+        # Names in scripts that its font lacks: the SVG has their text, the PNG boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         for kind in formats:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
             files[kind] = buffer.getvalue()
+            figure.set_layout_engine("none")  # it has been laid out: the next format is the same
     return files
 
 

@@ -8,21 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpifedlora.core.config import RunConfig
+from mpifedlora.core.differences import CHANGES_NO_NUMBER, differing_keys
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.checkpoints import CheckpointStore, numbers_of
 from mpifedlora.io.output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, free_name
 from mpifedlora.io.results_schema import Event, RoundRow
-
-# What changes no number of the run, and its length.
-_FREE = (
-    "federation.num_rounds",
-    "checkpoint.",
-    "faults.policy",
-    "faults.worker_timeout_s",
-    "transport.pipeline",
-    "transport.chunk_bytes",
-    "transport.gpu_buffers",
-)
 
 
 class Resumable(NamedTuple):
@@ -84,20 +74,14 @@ def check_unchanged(config: RunConfig, saved: Mapping[str, Any], where: Path) ->
         CheckpointError: with the keys that differ.
     """
     now = config.model_dump(mode="json")
-    keys = sorted({*_keys(now), *_keys(saved)})
-    differing = [key for key in keys if not key.startswith(_FREE) and _value(now, key) != _value(saved, key)]
+    differing = {
+        key: values
+        for key, values in differing_keys([saved, now]).items()
+        if key != "federation.num_rounds" and not key.startswith(CHANGES_NO_NUMBER)
+    }
     if differing:
-        told = "; ".join(f"{key} was {_value(saved, key)!r}, got {_value(now, key)!r}" for key in differing)
+        told = "; ".join(f"{key} was {was!r}, got {got!r}" for key, (was, got) in differing.items())
         raise CheckpointError(
             f"a run must be resumed with the configuration that it began with: {told} ({where}); set them "
             "back (federation.num_rounds may be changed), or start anew in another folder"
         )
-
-
-def _keys(tables: Mapping[str, Any]) -> list[str]:
-    return [f"{table}.{key}" for table, values in tables.items() for key in values]
-
-
-def _value(tables: Mapping[str, Any], key: str) -> Any:
-    table, _, name = key.partition(".")
-    return tables.get(table, {}).get(name)

@@ -1,0 +1,132 @@
+"""Results files of made-up runs, of any size and with any mishap, written by the package's own writer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpifedlora.core.method_config import RunTables
+from mpifedlora.io.results import ResultsWriter, Status
+from mpifedlora.io.results_schema import Baselines, RoundRow, RunInfo
+
+
+def make_config(num_clients: int = 4, num_rounds: int = 6, **tables: dict[str, Any]) -> str:
+    """Return a configuration as JSON; `tables` win over the defaults."""
+    given: dict[str, Any] = {"model": {"name": "tiny"}, "data": {"source": "posts.csv"}}
+    given["federation"] = {"num_clients": num_clients, "num_rounds": num_rounds}
+    for name, keys in tables.items():
+        given[name] = {**given.get(name, {}), **keys}
+    return RunTables.model_validate(given).model_dump_json()
+
+
+def make_run(
+    folder: Path,
+    *,
+    num_rounds: int = 6,
+    num_finished: int | None = None,
+    num_clients: int = 4,
+    num_modules: int = 3,
+    labels: tuple[str, ...] = ("sport", "music", "food"),
+    has_ranks: bool = True,
+    every: int = 1,
+    status: Status = "finished",
+    seed: int = 0,
+    method: str = "sa-fedlora",
+    events: tuple[str, ...] = (),
+    has_baselines: bool = True,
+    loses_clients: bool = False,
+    accuracy: float = 0.6,
+    bytes_each: int = 1_000_000,
+    info: dict[str, Any] | None = None,
+    **tables: dict[str, Any],
+) -> Path:
+    """Write `results.h5` into a folder, and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    tables["federation"] = {"seed": seed, "method": method, **tables.get("federation", {})}
+    values: dict[str, Any] = {
+        "package_version": "0.1.0",
+        "config": make_config(num_clients, num_rounds, **tables),
+        "method": method,
+        "model": "tiny",
+        "dataset": "posts.csv",
+        "num_clients": num_clients,
+        "num_workers": 2,
+        "seed": seed,
+        "mpi_library": "Open MPI v5.0.11",
+        "survives_lost_workers": True,
+        "devices": ("cpu, 1 thread", "cpu, 1 thread", "cpu, 1 thread"),
+        "eval_model": "global",
+        "is_private": False,
+        "reproducible": True,
+        "collect": "gather in parts",
+        "uplink_dtype": "float32",
+        "downlink_dtype": "float32",
+        "gpu_buffers": "none",
+        "startup_s": 3.0,
+        "module_names": tuple(f"encoder.layer.{i // 3}.part{i % 3}.dense" for i in range(num_modules)),
+        "label_names": labels,
+        "label_table": generator.integers(0, 300, (num_clients, len(labels))),
+        "created": "2026-01-02T03:04:05+00:00",
+    }
+    writer = ResultsWriter(folder / "results.h5", RunInfo(**{**values, **(info or {})}))
+    finished = num_rounds if num_finished is None else num_finished
+    for round_num in range(1, finished + 1):
+        used = np.ones(num_clients, bool)
+        outcome = np.full(num_clients, "used", "S16")
+        if loses_clients:
+            outcome[generator.random(num_clients) < 0.3] = b"absent"
+            outcome[0] = b"failed" if round_num % 2 else b"late"
+            used = outcome == b"used"
+        share = (round_num - 1) / max(1, num_rounds - 1)
+        ranks = (1 + np.arange(num_modules) % 2 + round(14 * (1 - share))) * has_ranks
+        is_measured = round_num % every == 0 or round_num == num_rounds
+        losses = 3 - 2 * share + generator.normal(0, 0.2, num_clients)
+        measured = accuracy * (1 - math.exp(-3 * round_num / num_rounds)) if is_measured else math.nan
+        sent = int(bytes_each * (1 - 0.8 * share))
+        writer.add(
+            RoundRow(
+                round_num=round_num,
+                stage="initiating" if round_num <= 2 and has_ranks else "annealing",
+                temperature=1 - share,
+                lora_rank_mean=float(ranks.mean()) if num_modules else 0.0,
+                module_ranks=tuple(ranks.tolist()),
+                uplink_bytes=sent,
+                downlink_bytes=sent if round_num > 1 else 800,
+                mpi_bytes=2 * sent,
+                train_loss=3 - 2 * share if used.any() else math.nan,
+                penalty=0.0,
+                aggregation_error=0.1 * (1 - share),
+                dropped_energy=0.01 * (1 - share),
+                num_participants=int(used.sum()),
+                train_s=10.0,
+                collect_s=0.5,
+                aggregate_s=0.25,
+                broadcast_s=0.25,
+                evaluate_s=4.0 if is_measured else 0.0,
+                round_s=12.0,
+                client_num_examples=np.where(used, 100 + np.arange(num_clients), 0),
+                client_train_loss=np.where(used, losses, np.nan),
+                client_train_s=np.where(used, 5.0, 0.0),
+                client_participated=used,
+                client_outcome=outcome,
+                eval_loss=2 - share if is_measured else math.nan,
+                eval_accuracy=measured,
+                eval_macro_f1=measured * 0.9,
+            )
+        )
+    for text in events:
+        writer.note(text)
+    if has_baselines and finished:
+        total = sum(row.uplink_bytes + row.downlink_bytes for row in writer.rows)
+        fixed, full = 2 * finished * bytes_each, 80 * finished * bytes_each
+        writer.set_baselines(
+            Baselines(sent_bytes=total, full_model_bytes=full, fixed_rank_bytes=fixed, sent_values=total // 4,
+                      full_model_values=full // 4, fixed_rank_values=fixed // 4)
+        )  # fmt: skip
+    writer.set_status(status)
+    writer.write()
+    return folder
