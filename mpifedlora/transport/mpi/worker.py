@@ -54,13 +54,15 @@ class MpiWorker(Endpoint):
         if self._ahead is None:
             _, plan = self._order(Order.MESSAGE)
             assert plan is not None
-            buffer = self._message_buffer(plan)
+            # The round that the message in hand began is over: the next may lie where it lay.
+            buffer = self._fitting(plan, self._message)
             if buffer.numel():
                 self.comm.Bcast(self._units(as_bytes(buffer)))
             self._ahead = plan, buffer
-        received, self._ahead = self._ahead, None
-        self._spare, (self._plan, self._message) = self._message, received
-        return received
+        (self._plan, buffer), self._ahead = self._ahead, None
+        if buffer is not self._message:
+            self._spare, self._message = self._message, buffer
+        return self._plan, buffer
 
     def _rebuild(self) -> list[int]:
         lost = super()._rebuild()
@@ -84,14 +86,13 @@ class MpiWorker(Endpoint):
         has_plan = order in (Order.MESSAGE, Order.STREAM)
         return order, RoundPlan.unpack(record[ORDER_BYTES:], len(self.shapes.modules)) if has_plan else None
 
-    def _message_buffer(self, plan: RoundPlan) -> Tensor:
-        """Return the buffer that does not hold the message in hand, which counts until the next is whole."""
+    def _fitting(self, plan: RoundPlan, buffer: Tensor | None) -> Tensor:
+        """Return a buffer for a plan's message: the given one, if it has the size."""
         from mpifedlora.core.buffers import padded
 
-        size = padded(self.wire.message_bytes(plan, self.shapes))
-        if self._spare is None or self._spare.numel() != size:
-            self._spare = self.wire.message_buffer(plan, self.shapes, is_pinned=self.is_pinned)
-        return self._spare
+        if buffer is not None and buffer.numel() == padded(self.wire.message_bytes(plan, self.shapes)):
+            return buffer
+        return self.wire.message_buffer(plan, self.shapes, is_pinned=self.is_pinned)
 
     @survivable
     def submit_predictions(self, predictions: Tensor) -> None:
@@ -124,7 +125,8 @@ class MpiWorker(Endpoint):
         from mpifedlora.core.parts import IN_FLIGHT
 
         assert self._plan is not None
-        buffer, parts = self._message_buffer(following), self._parts(self._plan, following)
+        # The message in hand counts until the stream is committed.
+        buffer, parts = self._fitting(following, self._spare), self._parts(self._plan, following)
         # The same calls in the same order as on the server; both ends' buffers are whole all the time.
         requests = [self._gather_part(rows, part) for part in parts[:IN_FLIGHT]]
         for index, part in enumerate(parts):

@@ -118,15 +118,17 @@ def test_same_bits_and_bytes_as_in_one_process(comm, kind, wire):
     endpoint.open(SHAPES, len(plan.workers), wire)
     message = make_message(wire, plan)
     if not endpoint.is_server:
-        worker = Echo(endpoint.worker_id, wire)
+        worker, places = Echo(endpoint.worker_id, wire), set()
         for _ in range(2):  # the second round reuses the buffers
             got, received = endpoint.receive()
+            places.add(received.data_ptr())
             assert got == plan
             assert torch.equal(received, message)
             worker.receive(got, received)
             endpoint.submit_predictions(worker.predictions())
             if got.cohort:
                 endpoint.submit(worker.train())
+        assert len(places) == 1
         return
     twin = InProcessTransport([Echo(worker_id, wire) for worker_id in range(endpoint.num_workers)])
     for takes_rows in (False, True):
