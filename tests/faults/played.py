@@ -145,14 +145,14 @@ class PlayedWorker:
 
 def set_traps(endpoint, deaths):
     """Let a worker die inside the transport."""
-    message_buffer, order, pieces = endpoint._message_buffer, endpoint._order, worker_module.pieces_of
+    fitting, order, pieces = endpoint._fitting, endpoint._order, worker_module.pieces_of
 
-    def trapped_buffer(plan):
+    def trapped_buffer(plan, buffer):
         if endpoint._plan is None or deaths.round_num != plan.round_num:
             deaths.round_num, before = plan.round_num, deaths.round_num
             deaths.meet("broadcast")
             deaths.round_num = before
-        return message_buffer(plan)
+        return fitting(plan, buffer)
 
     def trapped_order(*expected):
         if Order.COMMIT in expected:
@@ -166,7 +166,7 @@ def set_traps(endpoint, deaths):
         deaths.meet("sum")
         return pieces(buffer)
 
-    endpoint._message_buffer, endpoint._order = trapped_buffer, trapped_order
+    endpoint._fitting, endpoint._order = trapped_buffer, trapped_order
     worker_module.pieces_of = trapped_pieces
 
 
