@@ -125,6 +125,7 @@ def test_what_is_not_run_exists() -> None:
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the documents name: small, but real."""
     from mpifedlora.runtime import launch
+    from mpifedlora.runtime.export import export
 
     folder = tmp_path_factory.mktemp("snippets")
     run_file = support.make_run_file(folder, "[federation]\nnum_rounds = 2\n[checkpoint]\nkeep = 2\n")
@@ -132,6 +133,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(run_file, folder / name)
     shutil.copy(folder / "data.csv", folder / "posts.csv")
     assert launch.run(run_file, [], folder / "runs/demo", False) == 0
+    export(folder / "runs/demo", folder / "exported/adapter", merges=False)
     for name in ("runs/fedit", "runs/first", "DIR"):
         shutil.copytree(folder / "runs/demo", folder / name)
     return folder
@@ -240,6 +242,8 @@ def check_ours(arguments: list[str], folder: Path) -> None:
     if runs_here:
         if verb == "run" and "--resume" not in arguments:
             arguments = [*arguments, *([] if "--overwrite" in arguments else ["--overwrite"])]
+        if verb == "export":
+            shutil.rmtree(arguments[2], ignore_errors=True)  # it must be new
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code in (0, None), f"{arguments}: {done.output}{done.exception!r}"
     for word in arguments:

@@ -10,7 +10,19 @@ import click
 
 from mpifedlora.errors import MpiFedLoraError, TrainingError
 
-VERBS = ("run", "plan", "watch", "report", "compare", "export", "submit", "data", "methods", "version")
+VERBS = (
+    "run",
+    "plan",
+    "watch",
+    "results",
+    "report",
+    "compare",
+    "export",
+    "submit",
+    "data",
+    "methods",
+    "version",
+)
 
 _INTERRUPTED = 130
 

@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import rich.progress
 from rich import box
@@ -43,13 +43,13 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def format_row(row: RoundRow, num_rounds: int, left_s: float, metric_names: Sequence[str] = ()) -> str:
+def format_row(row: RoundRow, num_rounds: int, left_s: float | None, metric_names: Sequence[str] = ()) -> str:
     """Write one round as one line, in columns.
 
     Args:
         row: the finished round; a number that is nan is shown as `-`, an accuracy as nothing.
         num_rounds: rounds of the whole run.
-        left_s: estimated seconds until the run's end, nan where not known.
+        left_s: estimated seconds until the run's end, nan where not known; None leaves them out.
         metric_names: what else the task measures; the first is shown as well.
     """
     cells = (
@@ -60,9 +60,9 @@ def format_row(row: RoundRow, num_rounds: int, left_s: float, metric_names: Sequ
         (f"loss {_number(row.train_loss)}", 10),
         ("" if math.isnan(row.eval_accuracy) else f"accuracy {_number(row.eval_accuracy)}", 14),
         *((f"{name} {_number(value)}", 0) for name, value in _others(row, metric_names)[:1]),
-        (f"left {human_time(left_s)}", 0),
+        ("" if left_s is None else f"left {human_time(left_s)}", 0),
     )
-    return "  ".join(text.ljust(width) for text, width in cells)
+    return "  ".join(text.ljust(width) for text, width in cells).rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Summary:
         uplink_bytes: sent by the clients in all rounds.
         downlink_bytes: received by the clients in all rounds.
         baselines: what the bytes compare with, if known.
-        wall_s: seconds that the run took.
+        wall_s: seconds that the run took, nan where not known.
         files: what lies where, in the order to show.
         metric_names: what else the task measures.
     """
@@ -96,6 +96,7 @@ def summarise(
     baselines: Baselines | None,
     wall_s: float,
     files: Mapping[str, str],
+    metric_names: Sequence[str] = (),
 ) -> Summary:
     """Sum a run up.
 
@@ -104,6 +105,7 @@ def summarise(
         baselines: what the bytes compare with, if known.
         wall_s: seconds that the run took.
         files: name to path of what the run leaves behind.
+        metric_names: what else the task measures.
     """
     evaluated = [row for row in rows if not math.isnan(_goodness(row))]
     return Summary(
@@ -114,6 +116,7 @@ def summarise(
         baselines=baselines,
         wall_s=wall_s,
         files=files,
+        metric_names=metric_names,
     )
 
 
@@ -179,8 +182,8 @@ class Progress(Callback):
             return self.close()
         rows, num_rounds = results.rows(), self._num_rounds
         wall_s = time.perf_counter() - self._started_s
-        summary = summarise(rows, baselines=results.baselines, wall_s=wall_s, files=left_behind(self._out))
-        self.finish(replace(summary, metric_names=self._metric_names))
+        named: Any = {"files": left_behind(self._out), "metric_names": self._metric_names}
+        self.finish(summarise(rows, baselines=results.baselines, wall_s=wall_s, **named))
         if results.status == "interrupted":
             self.on_warning(
                 f"interrupted after round {len(rows)} of {num_rounds}; go on with: "
@@ -190,13 +193,10 @@ class Progress(Callback):
     def finish(self, summary: Summary) -> None:
         """End the live bar and show the final table."""
         self.close()
-        cells = _summary_cells(summary)
         if self._is_live:
-            self._show(_make_table(cells))
-            return
-        width = max(len(name) for name, _ in cells)
-        for name, value in cells:
-            self._say(f"{name:<{width}}  {value}")
+            return self._show(_make_table(_summary_cells(summary)))
+        for line in summary_lines(summary):
+            self._say(line)
 
     def close(self) -> None:
         """End the live bar; may be called again."""
@@ -215,6 +215,13 @@ class Progress(Callback):
     def _show(self, content: RenderableType) -> None:
         with suppress(*_OUTPUT_FAILURES):
             self._console.print(content, soft_wrap=isinstance(content, Text))
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """Return the final table as lines."""
+    cells = _summary_cells(summary)
+    width = max(len(name) for name, _ in cells)
+    return [f"{name:<{width}}  {value}" for name, value in cells]
 
 
 def _make_bar(console: Console) -> rich.progress.Progress:
@@ -246,7 +253,7 @@ def _summary_cells(summary: Summary) -> list[tuple[str, str]]:
         *_quality_cells(summary.final, summary.best, summary.metric_names),
         ("bytes sent", sent),
         *_baseline_cells(summary.baselines),
-        ("wall time", human_time(summary.wall_s)),
+        *([("wall time", human_time(summary.wall_s))] if math.isfinite(summary.wall_s) else []),
         *summary.files.items(),
     ]
 

@@ -94,7 +94,7 @@ def _follow(console: Console, watcher: Watcher, interval_s: float) -> Sight:
             for row in results.rows()[num_rows:]:
                 rounds_s = results.rounds["round_s"][: row.round_num].tolist()
                 left_s = expected_s(rounds_s, sight.num_rounds - row.round_num)
-                _say(console, format_row(row, sight.num_rounds, left_s))
+                _say(console, format_row(row, sight.num_rounds, left_s, results.info.metric_names))
             for event in results.events[num_events:]:
                 _say(console, f"warning: {event.text}")
             num_rows, num_events = sight.num_finished, len(results.events)

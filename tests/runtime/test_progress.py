@@ -180,7 +180,7 @@ class TestPlain:
         progress = Progress(1, console := plain())
         row = make_row(1, eval_accuracy=math.nan)
         progress.finish(summarise([row], baselines=None, wall_s=math.nan, files={}))
-        assert [line.split("  ")[0] for line in shown(console).splitlines()] == ["bytes sent", "wall time"]
+        assert [line.split("  ")[0] for line in shown(console).splitlines()] == ["bytes sent"]
 
     def test_lines_are_longer_than_the_console_is_wide(self) -> None:
         console = Console(file=io.StringIO(), force_terminal=False, width=20)
