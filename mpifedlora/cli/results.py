@@ -33,7 +33,7 @@ def command(run_folder: Path, csv_file: str | None, clients: bool, as_json: bool
         if csv_file == "-":
             click.echo(table.csv(), nl=False)
         else:
-            results_tables.write_text(Path(csv_file).expanduser(), table.csv())
+            results_tables.write_csv(Path(csv_file).expanduser(), table.csv())
     else:
         from mpifedlora.runtime import results_view
 

@@ -78,8 +78,8 @@ def as_json(results: Results, *, with_clients: bool) -> str:
     return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a text, whole or not at all.
+def write_csv(file: Path, text: str) -> None:
+    """Write CSV, whole or not at all.
 
     Raises:
         CheckpointError: if the disk refuses.
