@@ -54,10 +54,13 @@ class DataConfig(Section):
 
     source: str = Field(
         min_length=1,
-        description="`20newsgroups`, `reuters-r8`, `reuters-r52` (see `mpifedlora data`), a local "
-        "`.csv`, `.jsonl` or `.parquet` file, or a hub name (needs the package `datasets`).",
+        description="`20newsgroups`, `reuters-r8`, `reuters-r52`, `mnist-5k` (see `mpifedlora data`), a "
+        "local `.csv`, `.jsonl` or `.parquet` file, a folder of images with a subfolder a label, or a hub "
+        'name (needs the package `datasets`); under `partition = "files"` a folder with a file, or one of '
+        "images, for each client.",
     )
     text_column: str = Field("text", description="Column with the text.")
+    image_column: str = Field("image", description="Column with the image, where the source has columns.")
     label_column: str | None = Field(
         None,
         description="Column with the label (text or integer); `label` by default where the task has labels. "
@@ -68,6 +71,12 @@ class DataConfig(Section):
         min_length=1,
         description="Columns that a task of your own reads, under their names; by default `text_column` as "
         "`text`.",
+    )
+    labels: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names that labels may have, in the order of their numbers; any other is an error. By "
+        "default those that are there, sorted.",
     )
     test_source: str | None = Field(
         None, description="A second file or source to test on; without it the source's own test part."
@@ -83,12 +92,14 @@ class DataConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="Share of the training examples held out for choices (stratified, from the seed).",
+        description="Share of the training examples held out for choices (stratified, from the seed); under "
+        '`partition = "files"` of `test_source`.',
     )
-    partition: Literal["iid", "dirichlet", "quantity", "shards", "column"] = Field(
+    partition: Literal["iid", "dirichlet", "quantity", "shards", "column", "files"] = Field(
         "dirichlet",
         description="How training examples are shared out among the clients. `dirichlet`: each client "
-        "gets its own mix of labels; `quantity`: its own share of the examples, drawn from Dir(alpha).",
+        "gets its own mix of labels; `quantity`: its own share of the examples, drawn from Dir(alpha); "
+        "`files`: they are not, each client has a file in the folder `source`, which its worker alone reads.",
     )
     alpha: Positive = Field(
         0.5,
@@ -108,6 +119,20 @@ class DataConfig(Section):
     def _column_is_named(self) -> DataConfig:
         if self.partition == "column" and self.partition_column is None:
             raise ValueError('partition = "column" needs partition_column, got none; name the column')
+        return self
+
+    @model_validator(mode="after")
+    def _files_stay_with_their_clients(self) -> DataConfig:
+        if self.partition == "files" and self.test_source is None:
+            raise ValueError(
+                'partition = "files" needs test_source (a client\'s file is read by its worker alone), got '
+                "none; name a source to test on"
+            )
+        if self.partition == "files" and self.max_examples is not None:
+            raise ValueError(
+                'partition = "files" must stand without max_examples (clients\' files are read whole), got '
+                f"{self.max_examples}; leave max_examples out, or shorten the files"
+            )
         return self
 
 

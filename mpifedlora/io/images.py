@@ -9,7 +9,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,19 +53,62 @@ def is_image_source(source: str) -> bool:
     return folder.is_dir() and bool(_subfolders(folder))
 
 
-def open_images(source: str) -> dict[str, Images]:
-    """Read images: `train` always, `test` where the source has one.
+def open_images(source: str) -> dict[str, Callable[[], Images]]:
+    """Open images: `train` always, `test` where the source has one; each is read when it is called.
 
     Args:
         source: a name in PACKAGED_IMAGES; or a folder with the subfolders `train` and `test` (or `val`),
             in which every subfolder is a label; or such a folder without parts.
 
     Raises:
-        DataError: naming the file that is no image, or of another size than the first.
+        DataError: when read, naming the file that is no image, or of another size than the first.
     """
     if source in PACKAGED_IMAGES:
-        return {"train": _packaged(source)}
-    return {name: _read(folder) for name, folder in _parts(Path(source).expanduser()).items()}
+        return {"train": partial(_packaged, source)}
+    return {name: partial(_read, folder) for name, folder in _parts(Path(source).expanduser()).items()}
+
+
+def to_pixels(value: Any) -> Pixels:
+    """Return one image of a table, (height, width, channels) uint8.
+
+    Args:
+        value: an image of Pillow's, as `datasets` has it, or the bytes of a file, as its Parquet files do.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(content, bytes):
+        opened: Pixels = _opened(BytesIO(content), _array_of)
+        return opened
+    if not hasattr(value, "convert"):
+        raise ValueError(f"an image must be the bytes of an image file, got {type(value).__name__}")
+    return _array_of(value)
+
+
+def _array_of(image: Any) -> Pixels:
+    pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"), np.uint8)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def stacked(images: Sequence[Pixels], where: str) -> Pixels:
+    """Put images of one size into one array; grey ones beside colour get three channels.
+
+    Raises:
+        DataError: naming the first row that has another size.
+    """
+    size = images[0].shape[:2]
+    for number, image in enumerate(images, 1):
+        if image.shape[:2] != size:
+            raise DataError(
+                f"images must all have one size, got {_size(image.shape)} ({where}, row {number}) and "
+                f"{_size(size)} (row 1); resize them (the task scales them to what the model takes)"
+            )
+    num_channels = max(image.shape[2] for image in images)
+    pixels = np.empty((len(images), *size, num_channels), np.uint8)
+    for row, image in zip(pixels, images, strict=True):
+        row[:] = image
+    return pixels
 
 
 def check_images(source: str) -> None:
@@ -143,7 +188,7 @@ def _check_alike(files: Sequence[_File], folder: Path) -> tuple[int, int, int]:
     return *sizes[0], 1 if all(grey) else 3
 
 
-def _size(size: tuple[int, int]) -> str:
+def _size(size: Sequence[int]) -> str:
     return f"{size[1]} x {size[0]}"
 
 
@@ -151,25 +196,27 @@ def _decoded(files: Sequence[_File], folder: Path) -> Int32:
     """Return height, width, channels, and all pixels in fours."""
     shape = _check_alike(files, folder)
     pixels = np.zeros(len(files) * math.prod(shape) + 3 & -4, np.uint8)
-    mode = "L" if shape[2] == 1 else "RGB"
     for image, file in zip(pixels[: len(files) * math.prod(shape)].reshape(-1, *shape), files, strict=True):
-        image[:] = _opened(file.path, lambda opened: np.asarray(opened.convert(mode))).reshape(shape)
+        image[:] = _opened(file.path, _array_of)
     return np.concatenate([np.array(shape, np.int32), pixels.view(np.int32)])
 
 
-def _opened(path: Path, look: Any) -> Any:
+def _opened(file: Path | BytesIO, look: Callable[[Any], Any]) -> Any:
+    name = file if isinstance(file, Path) else "an image"
     try:
         from PIL import Image
     except ImportError as error:
         raise DataError(
-            f"reading {path} needs the package Pillow; run `pip install pillow` (or mpifedlora[vision])"
+            f"reading {name} needs the package Pillow; run `pip install pillow` (or mpifedlora[vision])"
         ) from error
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return look(image)
     # Damaged files come as any kind of error.
     except Exception as error:
-        raise DataError(f"an image must be readable, got {error} ({path}); replace or remove it") from error
+        if not isinstance(file, Path):
+            raise ValueError(f"an image must be readable, got {error}") from error
+        raise DataError(f"an image must be readable, got {error} ({file}); replace or remove it") from error
 
 
 def _packaged(name: str) -> Images:

@@ -214,7 +214,7 @@ def _check_row(row: RoundRow, last_round: int, info: RunInfo) -> None:
 
 
 def _is_attribute(info_field: Field[Any]) -> bool:
-    return info_field.type != "Ints"
+    return info_field.type not in ("Ints", "Names")
 
 
 def _write_info(file: h5py.File, info: RunInfo) -> None:
@@ -222,6 +222,9 @@ def _write_info(file: h5py.File, info: RunInfo) -> None:
         value = getattr(info, info_field.name)
         if _is_attribute(info_field):
             _write_attribute(file, info_field.name, value)
+        elif info_field.type == "Names":
+            texts = np.array([_storable(text) for text in value], dtype=object)
+            file.create_dataset(info_field.name, data=texts, dtype=h5py.string_dtype())
         else:
             file[info_field.name] = np.asarray(value, dtype=np.int64)
 
@@ -296,7 +299,8 @@ def _check_format(file: h5py.File) -> None:
 def _read_info(file: h5py.File) -> RunInfo:
     to_python = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple}
     values = {f.name: to_python[str(f.type)](file.attrs[f.name]) for f in fields(RunInfo) if _is_attribute(f)}
-    return RunInfo(label_table=file["label_table"][()], **values)
+    names = tuple(file["client_names"].asstr()[()])
+    return RunInfo(label_table=file["label_table"][()], client_names=names, **values)
 
 
 def _read_baselines(file: h5py.File) -> Baselines | None:

@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Names = tuple[str, ...]
+"""Texts, one or none for each client: a dataset, since an attribute holds at most 64 KiB."""
 Texts = npt.NDArray[np.bytes_]
 
 
@@ -42,7 +44,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RunInfo:
-    """What ran: the root attributes of the file, and the dataset `/label_table`.
+    """What ran: the root attributes of the file, and the datasets `/label_table` and `/client_names`.
 
     Args:
         package_version: version of mpifedlora that ran.
@@ -70,6 +72,7 @@ class RunInfo:
             all examples have.
         label_table: shape (num_clients, labels), int64: each client's training examples by label.
         metric_names: what the task measures beyond loss, accuracy and macro-F1.
+        client_names: of the clients, by id; empty where they have none.
         created: when the run began, ISO 8601 in UTC.
         format_version: version of the file's format.
 
@@ -100,6 +103,7 @@ class RunInfo:
     label_names: tuple[str, ...]
     label_table: Ints
     metric_names: tuple[str, ...] = ()
+    client_names: Names = ()
     created: str = field(default_factory=utc_now)
     format_version: int = FORMAT_VERSION
 

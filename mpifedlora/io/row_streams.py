@@ -200,6 +200,10 @@ _READERS: dict[str, Callable[[Path, Columns], Rows]] = {
 }
 
 
+SUFFIXES = tuple(_READERS)
+"""Of the files that can be read."""
+
+
 def _hub_parts(source: str, columns: Columns) -> dict[str, Rows]:
     hub = _require("datasets", hub_advice(source))
     try:

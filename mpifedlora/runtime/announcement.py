@@ -44,7 +44,7 @@ def first_lines(resolved: ResolvedRun, info: RunInfo, num_parameters: int, out: 
     )
     yield method_line(config)
     yield transport_line(info)
-    yield from label_lines(info.label_table, info.label_names)
+    yield from label_lines(info.label_table, info.label_names, client_names=info.client_names)
     yield from _notes(resolved, info)
     yield f"results in {free_name(out)}"
 
@@ -103,13 +103,16 @@ def _budget(config: RunConfig) -> str:
     return text if set(ranks) == {lora.rank_max} else f"{text}, clients' ranks {min(ranks)} to {max(ranks)}"
 
 
-def label_lines(table: Ints, names: Sequence[str], most: int = MAX_LABELS) -> Iterator[str]:
+def label_lines(
+    table: Ints, names: Sequence[str], most: int = MAX_LABELS, client_names: Sequence[str] = ()
+) -> Iterator[str]:
     """Return the clients' label counts as a table; the most frequent labels, and the first clients.
 
     Args:
         table: (num_clients, num_labels).
         names: of the labels.
         most: labels that have a column of their own.
+        client_names: by client id, or none.
     """
     by_size = np.argsort(-table.sum(axis=0), kind="stable")
     # One label tells no more than the sum.
@@ -121,7 +124,8 @@ def label_lines(table: Ints, names: Sequence[str], most: int = MAX_LABELS) -> It
     for client_id, counts in enumerate(table[:MAX_CLIENTS].tolist()):
         row = [sum(counts), *(counts[label] for label in shown)]
         row += [sum(counts[label] for label in others)] if others else []
-        yield _cells(str(client_id), [str(count) for count in row])
+        name = f" {client_names[client_id]}" if client_names else ""
+        yield _cells(str(client_id), [str(count) for count in row]) + name
     if len(table) > MAX_CLIENTS:
         yield f"... and {len(table) - MAX_CLIENTS} more clients (label_table in results.h5 has all)"
 

@@ -17,10 +17,11 @@ from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import UPDATE_HEADER, WireFormat
 from mpifedlora.errors import TrainingError
-from mpifedlora.io.datasets import Examples
 from mpifedlora.io.scratch import scratch_folder
+from mpifedlora.io.tables import Examples
 from mpifedlora.runtime import setup
-from mpifedlora.runtime.setup import FederatedData, Replica
+from mpifedlora.runtime.data import FederatedData, SharedData
+from mpifedlora.runtime.setup import Replica
 from mpifedlora.runtime.worker import Worker
 from mpifedlora.transport.base import own_cores
 
@@ -105,9 +106,9 @@ def calibrate(
 
 def _sample(config: RunConfig, data: FederatedData) -> FederatedData:
     generator, dataset = numpy_generator(config.federation.seed, "calibration"), data.dataset
-    owned = np.concatenate([part for part in data.parts if len(part)])
     num_train = (1 + TIMED_STEPS) * config.training.batch_size
-    train = dataset.train.take(np.sort(generator.permutation(owned)[:num_train]))
+    owned = data.owned()
+    train = owned.take(np.sort(generator.permutation(len(owned))[:num_train]))
     num_test = TIMED_BATCHES * config.evaluation.batch_size
 
     def some(examples: Examples) -> Examples:
@@ -116,7 +117,7 @@ def _sample(config: RunConfig, data: FederatedData) -> FederatedData:
     smaller = replace(
         dataset, train=train, validation=some(dataset.validation), test=some(dataset.test), owners=None
     )
-    return FederatedData(smaller, [np.arange(len(train))])
+    return SharedData(smaller, [np.arange(len(train))])
 
 
 class _StepTimer:

@@ -15,7 +15,7 @@ from mpifedlora.core.batches import Indices, length_batches
 from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.errors import TrainingError
-from mpifedlora.io.datasets import Examples
+from mpifedlora.io.tables import Examples
 from mpifedlora.training.local import predict
 from mpifedlora.training.models import FederatedModel
 from mpifedlora.training.task import EncodedExamples, Task

@@ -175,9 +175,11 @@ class _Saver:
 
 
 def _switches(config: RunConfig, replica: Replica, transport: ServerTransport, *, reduces: bool) -> Switches:
-    sizes = [len(part) for part in replica.data.parts]
+    sizes = replica.data.sizes
     device = str(replica.model.device)
-    return build_switches(config, sizes, transport.num_workers, reduces=reduces, device=device)
+    return build_switches(
+        config, sizes, transport.num_workers, pins=replica.data.pins, reduces=reduces, device=device
+    )
 
 
 def _describe_collect(config: RunConfig, coordinator: Coordinator, transport: ServerTransport) -> str:
@@ -288,6 +290,7 @@ def _run_info(
         module_names=tuple(module.name for module in replica.model.shapes.modules),
         label_names=replica.data.dataset.label_names,
         label_table=replica.data.label_table(),
+        client_names=tuple(replica.data.client_names),
         metric_names=replica.task.metric_names,
     )
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from mpifedlora.core.agreement import Status, check_agreement
+from mpifedlora.core.agreement import Status
 from mpifedlora.core.config import RunConfig
 from mpifedlora.errors import MpiFedLoraError, RunLost, WorkerLost
 from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, RUN_FILE, FolderLock, check_output_folder
 from mpifedlora.io.process import end_with_launcher, tell_when_terminated
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
+from mpifedlora.runtime.agreement import agree
 from mpifedlora.runtime.callbacks import Callback, Outcome
+from mpifedlora.runtime.data import FederatedData, read_data
 from mpifedlora.runtime.gpu_buffers import DIRECT_MARK, choose_gpu_buffers
 from mpifedlora.runtime.interruption import Interruption
 from mpifedlora.runtime.method import check_parts, client_keeps_state, wire_format
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from mpifedlora.runtime.worker import Worker
     from mpifedlora.transport.mpi import Communicator
 
-T = TypeVar("T")
 EXIT_FAILED_ELSEWHERE = 2
 
 
@@ -111,11 +112,12 @@ def _run(request: Request, comm: Communicator | None) -> Outcome:
     if comm is None and endpoint.process_names()[1:]:
         _end_with_the_job(endpoint, advice)
     try:
-        (resolved, resumable), _ = _agree(endpoint, lambda: _check(request, endpoint))
+        (resolved, resumable), _ = agree(endpoint, lambda: _check(request, endpoint))
         endpoint.watch(resolved.config.faults.worker_timeout_s, advice)
-        replica, statuses = _agree(endpoint, lambda: _build(request, resolved.config, endpoint))
+        data = read_data(resolved.config, endpoint)
+        replica, statuses = agree(endpoint, lambda: _build(request, resolved.config, data, endpoint))
         if client_keeps_state(resolved.config):
-            _agree(endpoint, lambda: _find_token(replica.memory.store, endpoint))
+            agree(endpoint, lambda: _find_token(replica.memory.store, endpoint))
     except MpiFedLoraError:
         if endpoint.is_server:
             raise
@@ -147,21 +149,6 @@ def _connect(comm: Communicator | None) -> Endpoint:
     return mpi.connect(comm) or inprocess.Alone()
 
 
-def _agree(
-    endpoint: Endpoint, work: Callable[[], tuple[T, Mapping[str, str], str]]
-) -> tuple[T, list[Status]]:
-    """Do a part of the set-up, and go on only if every process could, with the same outcome."""
-    try:
-        result, digests, device = work()
-    except Exception as error:
-        # The others are told before this process gives up: nobody waits for it.
-        endpoint.exchange(Status(endpoint.place.host, {}, error=_describe(error)))
-        raise
-    statuses = endpoint.exchange(Status(endpoint.place.host, digests, device=device))
-    check_agreement(statuses, endpoint.process_names())
-    return result, statuses
-
-
 def _check(
     request: Request, endpoint: Endpoint
 ) -> tuple[tuple[ResolvedRun, Resumable | None], Mapping[str, str], str]:
@@ -176,7 +163,9 @@ def _check(
     return (resolved, resumable), _digests(resolved.config), ""
 
 
-def _build(request: Request, config: RunConfig, endpoint: Endpoint) -> tuple[Replica, Mapping[str, str], str]:
+def _build(
+    request: Request, config: RunConfig, data: FederatedData, endpoint: Endpoint
+) -> tuple[Replica, Mapping[str, str], str]:
     place, training = endpoint.place, config.training
     device = setup.choose_device(
         training.device, setup.num_visible_gpus(), place.worker_index, place.num_workers
@@ -184,7 +173,6 @@ def _build(request: Request, config: RunConfig, endpoint: Endpoint) -> tuple[Rep
     buffers = _gpu_buffers(config, device, endpoint)
     threads = setup.choose_threads(training.threads, place.num_cores, place.num_sharing_cores)
     setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)
-    data = setup.read_data(config)
     replica = setup.build_replica(config, data, device, request.out / CLIENT_STATES_FOLDER)
     check_parts(config, replica.model.shapes)
     if endpoint.is_server and client_keeps_state(config):
@@ -242,7 +230,7 @@ def _take_part(
         return Outcome(0)
     if isinstance(endpoint, mpi.MpiServer):
         return conduct(request.out, resolved, replica, endpoint, endpoint.library, statuses, start)
-    own, _, device = _build(request, config, endpoint)
+    own, _, device = _build(request, config, replica.data, endpoint)
     if resumption is not None:
         resumption.recover(own.model)
     alone = inprocess.InProcessTransport([_worker(0, 1, own, config)])
@@ -279,12 +267,6 @@ def _worker(
         is_direct=is_direct,
         round_deadline_s=config.faults.round_deadline_s,
     )
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, MpiFedLoraError):
-        return str(error)
-    return "".join(traceback.format_exception(error)).strip()[-3000:]
 
 
 def _last_words(error: Exception) -> str:

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 def build_switches(
-    config: RunConfig, sizes: Sequence[int], num_workers: int, *, reduces: bool = False, device: str = "cpu"
+    config: RunConfig,
+    sizes: Sequence[int],
+    num_workers: int,
+    *,
+    pins: Sequence[int] = (),
+    reduces: bool = False,
+    device: str = "cpu",
 ) -> Switches:
     """Turn a configuration into the switches of its method.
 
@@ -38,6 +44,7 @@ def build_switches(
         config: of the run.
         sizes: training examples of each client.
         num_workers: processes that train.
+        pins: the worker that trains each client; empty where any worker may.
         reduces: whether the workers add up their clients' updates.
         device: where the server decomposes sums.
     """
@@ -48,7 +55,7 @@ def build_switches(
     return Switches(
         schedule=rank_schedule(config),
         learning_rate=partial(_learning_rate, config),
-        choose_workers=partial(_choose_workers, config, sizes, num_workers),
+        choose_workers=partial(_choose_workers, config, sizes, num_workers, pins),
         max_failures=config.faults.max_failures,
         initiating_scope=initiating.scope,
         scope=training.scope,
@@ -241,7 +248,12 @@ def _guidance(config: RunConfig) -> Guidance:
 
 
 def _choose_workers(
-    config: RunConfig, sizes: Sequence[int], num_workers: int, round_num: int, set_aside: Sequence[int]
+    config: RunConfig,
+    sizes: Sequence[int],
+    num_workers: int,
+    pins: Sequence[int],
+    round_num: int,
+    set_aside: Sequence[int],
 ) -> tuple[int, ...]:
     training = config.training
     eligible = [client_id for client_id, size in enumerate(sizes) if size and client_id not in set_aside]
@@ -257,8 +269,9 @@ def _choose_workers(
         * steps_of(sizes[client_id], training.batch_size, training.local_steps, training.local_epochs)
         for client_id in cohort
     }
-    workers = assign_clients(cohort, load, num_workers)
-    return tuple(workers.get(client_id, -1) for client_id in range(len(sizes)))
+    workers = dict(enumerate(pins)) if pins else assign_clients(cohort, load, num_workers)
+    chosen = {client_id: workers[client_id] for client_id in cohort}
+    return tuple(chosen.get(client_id, -1) for client_id in range(len(sizes)))
 
 
 def _choose_cohort(config: RunConfig, eligible: Sequence[int], round_num: int) -> tuple[int, ...]:

@@ -15,13 +15,14 @@ from mpifedlora.io.model_files import model_path, read_model_sizes
 from mpifedlora.io.run_file import ResolvedRun, read_run_file
 from mpifedlora.runtime import setup
 from mpifedlora.runtime.building import read_shapes
+from mpifedlora.runtime.data import FederatedData, read_data
 from mpifedlora.runtime.method import (
     build_switches,
     check_parts,
     expected_cohort,
     has_private_noise,
 )
-from mpifedlora.runtime.setup import FederatedData
+from mpifedlora.transport.inprocess import Alone
 
 if TYPE_CHECKING:
     from mpifedlora.core.forecast import RoundForecast
@@ -130,7 +131,7 @@ class Outlook:
         step_s = speed.step_s(plan.scope, sum(plan.lora_ranks) / len(plan.lora_ranks))
         loads = [0.0] * self.num_workers
         for client_id in plan.cohort:
-            training, size = config.training, len(self.data.parts[client_id])
+            training, size = config.training, self.data.sizes[client_id]
             steps = steps_of(size, training.batch_size, training.local_steps, training.local_epochs)
             loads[plan.workers[client_id]] += steps * step_s
         num_rounds, every = config.federation.num_rounds, config.evaluation.every
@@ -184,7 +185,7 @@ def look_ahead(
         raise ConfigError(f"--workers must be at least 1, got {num_workers}; leave it out")
     setup.check_inputs(config)
     num_workers = num_workers or expected_cohort(config)
-    data = setup.read_data(config)
+    data = read_data(config, Alone())
     shapes = read_shapes(config, data.dataset.label_names)
     check_parts(config, shapes)
     return _look_ahead(resolved, data, shapes, num_workers, calibrates=calibrates)
@@ -201,7 +202,7 @@ def _look_ahead(
     from mpifedlora.core.forecast import forecast
 
     config = resolved.config
-    sizes = [len(part) for part in data.parts]
+    sizes = data.sizes
     hides_cohorts = config.federation.sampling == "poisson" and has_private_noise(config)
     switches = build_switches(_everybody(config) if hides_cohorts else config, sizes, num_workers)
     is_late = config.faults.round_deadline_s is not None

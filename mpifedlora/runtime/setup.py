@@ -10,21 +10,20 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpifedlora.core.batches import Indices
 from mpifedlora.core.config import RunConfig
-from mpifedlora.core.partition import label_table, partition, share_alike
+from mpifedlora.core.partition import share_alike
 from mpifedlora.core.seeding import numpy_generator
-from mpifedlora.core.tasks import label_column, value_columns
 from mpifedlora.errors import ConfigError
-from mpifedlora.io.datasets import Dataset, Examples, check_source, read_dataset
+from mpifedlora.io.datasets import Dataset
 from mpifedlora.io.model_files import check_model_folder, check_targets, model_path
+from mpifedlora.io.tables import Examples
 from mpifedlora.runtime.building import build_model, build_task
+from mpifedlora.runtime.data import FederatedData, check_data
 
 if TYPE_CHECKING:
     from mpifedlora.runtime.evaluation import Evaluation
@@ -39,13 +38,10 @@ def check_inputs(config: RunConfig) -> None:
 
     Raises:
         ConfigError: if privacy is asked for and its accountant is not installed.
-        DataError: see `mpifedlora.io.datasets.check_source`.
+        DataError: see `mpifedlora.runtime.data.check_data`.
         AdapterError: see `mpifedlora.io.adapter_files.check_model_folder`.
     """
-    data = config.data
-    owner = data.partition_column if data.partition == "column" else None
-    columns, label = value_columns(config.task, data), label_column(config.task, data)
-    check_source(data.source, data.test_source, columns, label, owner)
+    check_data(config)
     path = model_path(config.model.name)
     check_model_folder(path)
     if config.privacy.clip_norm is not None:
@@ -53,49 +49,6 @@ def check_inputs(config: RunConfig) -> None:
 
         spent_epsilon(0, 1.0, config.privacy.noise_multiplier, config.privacy.delta)
     check_targets(path, config.lora.target_modules)
-
-
-@dataclass(frozen=True)
-class FederatedData:
-    """A dataset and which client owns which of its training examples."""
-
-    dataset: Dataset
-    parts: list[Indices]
-
-    @property
-    def eligible(self) -> list[int]:
-        """Ids of the clients that have examples."""
-        return [client_id for client_id, part in enumerate(self.parts) if len(part)]
-
-    def label_table(self) -> Indices:
-        """Return (num_clients, num_labels), each client's training examples by label."""
-        return label_table(self.parts, self.dataset.train.labels, len(self.dataset.label_names))
-
-
-def read_data(config: RunConfig) -> FederatedData:
-    """Read the examples and share them out."""
-    data, federation = config.data, config.federation
-    dataset = read_dataset(
-        data.source,
-        columns=value_columns(config.task, data),
-        label_column=label_column(config.task, data),
-        test_source=data.test_source,
-        test_fraction=data.test_fraction,
-        validation_fraction=data.validation_fraction,
-        partition_column=data.partition_column if data.partition == "column" else None,
-        max_examples=data.max_examples,
-        seed=federation.seed,
-    )
-    parts = partition(
-        data.partition,
-        dataset.train.labels,
-        federation.num_clients,
-        federation.seed,
-        alpha=data.alpha,
-        shards_per_client=data.shards_per_client,
-        owners=dataset.owners,
-    )
-    return FederatedData(dataset, parts)
 
 
 @dataclass(frozen=True)
@@ -121,18 +74,8 @@ class Replica:
     memory: Memory
 
     def examples_of(self) -> Callable[[int], EncodedExamples]:
-        """Return a function that gives a client's examples; all are encoded when one is first needed."""
-
-        @cache
-        def encoded() -> EncodedExamples:
-            train = self.data.dataset.train
-            return self.task.encode(train.columns, train.labels)
-
-        @cache
-        def take(client_id: int) -> EncodedExamples:
-            return encoded().take(self.data.parts[client_id])
-
-        return take
+        """Return a function that gives a client's examples; they are encoded when first needed."""
+        return self.data.encoded_by(lambda examples: self.task.encode(examples.columns, examples.labels))
 
 
 def build_replica(config: RunConfig, data: FederatedData, device: str, states_folder: Path) -> Replica:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from mpifedlora.errors import DataError
 from mpifedlora.io import data_fetch
-from mpifedlora.io.datasets import TEXT, Dataset, Examples, check_source, read_dataset
+from mpifedlora.io.datasets import TEXT, Dataset, check_source, read_dataset
 from mpifedlora.io.row_streams import PACKAGED_TEXTS
+from mpifedlora.io.tables import Examples
 
 ROWS = [
     ("buy now", "spam", "ann"),

@@ -468,6 +468,9 @@ def repaired(tables: dict[str, Any], switches: dict[str, Any]) -> dict[str, Any]
     tables["lora"]["rank_max"] = 9
     tables["lora"]["target_modules"] = tables["lora"].get("target_modules") or "all-linear"
     tables["data"].setdefault("partition_column", "owner")
+    if tables["data"].get("partition") == "files":
+        tables["data"]["test_source"] = "test.csv"
+        tables["data"].pop("max_examples", None)
     tables["data"]["validation_fraction"] = 0.25
     if tables["annealing"].get("schedule") == "metropolis":
         tables["annealing"]["cut"] = "drop"

@@ -10,6 +10,8 @@ import pytest
 
 from mpifedlora.io import data_fetch
 from mpifedlora.io.results import read_results
+from mpifedlora.runtime.data import read_data
+from mpifedlora.transport.inprocess import Alone
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -88,7 +90,7 @@ def test_readme_recipe_gives_the_logits_of_the_federated_model(tmp_path):
     model = PeftModel.from_pretrained(load_base_model(out), str(out / "adapter")).eval()
     config = read_run_file(out / "run.toml").config
     tokenizer = load_tokenizer(setup.model_path("minilm"))
-    replica = setup.build_replica(config, setup.read_data(config), "cpu", out / "client_states")
+    replica = setup.build_replica(config, read_data(config, Alone()), "cpu", out / "client_states")
     texts = list(replica.evaluation.raw.texts)
     batch = tokenizer(
         texts, truncation=True, max_length=config.data.max_length, padding=True, return_tensors="pt"

@@ -12,14 +12,15 @@ from mpifedlora.core.plan import RoundPlan
 from mpifedlora.errors import AdapterError, ConfigError
 from mpifedlora.io.model_files import check_targets
 from mpifedlora.io.run_file import read_run_file
+from mpifedlora.runtime.data import read_data
 from mpifedlora.runtime.setup import (
     build_replica,
     choose_device,
     choose_threads,
     collect_rarely,
     model_path,
-    read_data,
 )
+from mpifedlora.transport.inprocess import Alone
 
 
 def config_of(run_file, *overrides):
@@ -81,17 +82,16 @@ def test_threads_are_a_share_of_the_cores(requested, num_cores, num_sharing, exp
 
 
 def test_data_is_shared_out_completely(tiny_run_file):
-    data = read_data(config_of(tiny_run_file))
+    data = read_data(config_of(tiny_run_file), Alone())
     assert len(data.parts) == 4
     owned = sorted(int(index) for part in data.parts for index in part)
     assert owned == list(range(len(data.dataset.train)))
     assert data.label_table().sum() == len(owned)
-    assert data.eligible == [client for client, part in enumerate(data.parts) if len(part)]
 
 
 def replica_of(run_file, folder, *overrides):
     config = config_of(run_file, *overrides)
-    return build_replica(config, read_data(config), "cpu", folder / "client_states")
+    return build_replica(config, read_data(config, Alone()), "cpu", folder / "client_states")
 
 
 def test_every_example_of_the_test_part_is_measured_with_the_global_model(tiny_run_file, tmp_path):
