@@ -13,11 +13,12 @@ from mpifedlora.errors import MpiFedLoraError, TrainingError
 VERBS = (
     "run",
     "plan",
+    "doctor",
     "watch",
-    "results",
     "report",
     "compare",
     "export",
+    "results",
     "submit",
     "data",
     "methods",

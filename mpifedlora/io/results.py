@@ -7,6 +7,7 @@ finished rounds at any time, also after the writer was killed. `results_schema` 
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -308,3 +309,21 @@ def _read_baselines(file: h5py.File) -> Baselines | None:
         return None
     attributes = file["baselines"].attrs
     return Baselines(**{f.name: int(attributes[f.name]) for f in fields(Baselines) if f.init})
+
+
+def try_hdf5() -> str:
+    """Write a file in memory as results are written, read it, and return HDF5's version.
+
+    Raises:
+        CheckpointError: if something else is read.
+    """
+    written = np.arange(8.0)
+    options: dict[str, Any] = {"driver": "core", "backing_store": False, "libver": ("v108", "v108")}
+    with h5py.File(secrets.token_hex(8), "w", **options) as file:
+        file["rounds/x"] = written
+        file.flush()
+        content = bytes(file.id.get_file_image())
+    with h5py.File(io.BytesIO(content), "r") as file:
+        if not np.array_equal(file["rounds/x"][()], written):
+            raise CheckpointError(f"HDF5 {h5py.version.hdf5_version} must read what it wrote; reinstall h5py")
+    return str(h5py.version.hdf5_version)

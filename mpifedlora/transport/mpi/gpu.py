@@ -21,7 +21,7 @@ def is_gpu_aware() -> bool:
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import transfer; transfer()"],
-            env=_without_launcher(),
+            env=without_launcher(),
             timeout=PROBE_TIMEOUT_S,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -32,7 +32,7 @@ def is_gpu_aware() -> bool:
     return done.returncode == 0
 
 
-def _without_launcher() -> dict[str, str]:
+def without_launcher() -> dict[str, str]:
     """Return the environment without what would make the child one of the job's processes."""
     return {
         name: value
