@@ -151,6 +151,11 @@ def _notes(resolved: ResolvedRun, info: RunInfo) -> Iterator[str]:
         yield "note: noise and cohorts come from the system's entropy, so another run gives other numbers"
     elif resolved.config.privacy.noise_multiplier:
         yield "note: privacy.noise_seed is set, so the noise can be taken away: this run is not private"
+    if info.collect != "handed over" and not info.survives_lost_workers:
+        yield (
+            "note: a process that dies ends this job (--resume goes on); `mpifedlora doctor` says whether "
+            "this MPI can do better"
+        )
     if info.num_workers > federation.num_clients:
         yield (
             f"note: {info.num_workers} workers for {federation.num_clients} clients: "

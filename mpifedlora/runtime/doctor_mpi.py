@@ -20,6 +20,7 @@ _MODULE = "mpifedlora.transport.mpi.exchange"
 _VERSION = re.compile(
     r"(Open MPI|OpenRTE|MPICH|HYDRA|Intel\(R\) MPI)[^\d]*(\d+\.\d+(?:\.\d+)?)", re.IGNORECASE
 )
+_ULFM = ("--with-ft", "ulfm")
 _ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 _CROWDED = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
@@ -73,26 +74,29 @@ def _launcher_version() -> tuple[str, str] | None:
 
 def check_exchange() -> Iterator[Finding]:
     """Start two processes that exchange a real message, as they would start for a run."""
-    if _launcher_version() is None:
+    launcher = _launcher_version()
+    if launcher is None:
         return
-    environment = without_launcher()
-    plain = _exchange(environment)
-    needed: dict[str, str] = {}
-    for remedy, is_needed in ((_ROOT, _refuses_root), (_CROWDED, _lacks_slots)):
-        if plain.values is None and is_needed(plain):
-            needed |= remedy
-            plain = _exchange(environment | needed)
-    yield _exchanged(
-        plain, {name: value for name, value in needed.items() if name.startswith(("PRTE", "OMPI_ALLOW"))}
-    )
-    if plain.values is not None:
-        yield from _survival(plain, environment | needed)
+    has_option = launcher[0] == "Open MPI" and int(launcher[1].partition(".")[0]) >= 5
+    answer, needed = _exchange(*_ULFM) if has_option else _exchange()
+    if answer.values is None and has_option:
+        answer, needed = _exchange()
+    yield _exchanged(answer, needed)
+    if answer.values is not None:
+        yield _survival(survives=bool(answer.values["survives"]))
     yield from _gpu_awareness()
 
 
-def _exchange(environment: Mapping[str, str], *options: str) -> Answer:
+def _exchange(*options: str) -> tuple[Answer, dict[str, str]]:
+    """Return how an exchange went, and the settings that it needed beyond the environment."""
     command = ["mpirun", *options, "-n", "2", sys.executable, "-m", _MODULE]
-    return ask(command, EXCHANGE_TIMEOUT_S, environment)
+    environment, needed = without_launcher(), {}
+    answer = ask(command, EXCHANGE_TIMEOUT_S, environment)
+    for remedy, is_needed in ((_ROOT, _refuses_root), (_CROWDED, _lacks_slots)):
+        if answer.values is None and is_needed(answer):
+            needed.update(remedy)
+            answer = ask(command, EXCHANGE_TIMEOUT_S, environment | needed)
+    return answer, needed
 
 
 def _refuses_root(answer: Answer) -> bool:
@@ -125,16 +129,13 @@ def _exchanged(answer: Answer, needed: Mapping[str, str]) -> Finding:
     )
 
 
-def _survival(plain: Answer, environment: Mapping[str, str]) -> Iterator[Finding]:
-    if plain.values is not None and plain.values["survives"]:
-        yield Finding("ULFM", "ok", "on: a worker that dies does not end a run")
-        return
-    tried = _exchange(environment, "--with-ft", "ulfm")
-    if tried.values is not None and tried.values["survives"]:
-        yield Finding("ULFM", "ok", "start with `mpirun --with-ft ulfm`: then a worker that dies ends no run")
-    else:
-        advice = "Open MPI 5 built with ULFM has it; without it a run is resumed with --resume"
-        yield Finding("ULFM", "note", "not in this MPI: a process that dies ends the job", advice)
+def _survival(*, survives: bool) -> Finding:
+    if survives:
+        return Finding(
+            "ULFM", "ok", "start with `mpirun --with-ft ulfm`: then a worker that dies ends no run"
+        )
+    advice = "Open MPI 5 built with ULFM has it; without it a run is resumed with --resume"
+    return Finding("ULFM", "note", "not in this MPI: a process that dies ends the job", advice)
 
 
 def _gpu_awareness() -> Iterator[Finding]:
