@@ -154,6 +154,7 @@ def test_large_label_tables_are_cut_and_say_so() -> None:
         ({"num_workers": 6}, [], "note: 6 workers for 4 clients: 2 of them have nothing to train"),
         ({"devices": ("a", "b", "b"), "reproducible": False}, [], "devices or threads differ"),
         ({}, ["federation.method=fedavg"], "what the run file says of them is ignored"),
+        ({}, [], "a process that dies ends this job (--resume goes on); `mpifedlora doctor` says"),
     ],
 )
 def test_notes_say_what_deserves_attention(
@@ -164,9 +165,9 @@ def test_notes_say_what_deserves_attention(
 
 
 def test_nothing_to_note_gives_no_note(run_file: Path) -> None:
-    info = replace(INFO, label_table=np.ones((4, 3), int))
+    info = replace(INFO, label_table=np.ones((4, 3), int), survives_lost_workers=True)
     lines = list(first_lines(resolve(run_file), info, 1_500_000, run_file.parent))
     assert not any(line.startswith("note") for line in lines)
     assert lines[0] == "mpifedlora 1.2: custom on d with m, 1.5 M parameters, 2 adapted layers"
-    assert lines[1] == "4 clients on 2 workers (cpu, 1 thread), 4 rounds, seed 0, Some MPI"
+    assert lines[1] == "4 clients on 2 workers (cpu, 1 thread), 4 rounds, seed 0, Some MPI, workers may die"
     assert lines[3] == transport_line(info)
