@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mpifedlora.core.fault_rules import FAULT_RULES
 from mpifedlora.core.method_config import RunTables
-from mpifedlora.core.refusals import bars, needs, refuse, switch, value_of
+from mpifedlora.core.refusals import bars, needs, needs_one_scope, refuse, switch, value_of
 from mpifedlora.core.task_rules import TASK_RULES
 
 _UNLASTING = {
@@ -20,15 +21,6 @@ _UNLASTING = {
 }
 _UNSTACKED = ("product", "factors", "zero-pad", "residual")
 _AFRESH = "under stack nothing is carried over a cut"
-
-
-def _needs_one_scope(config: RunTables, subject: str, why: str) -> None:
-    if config.initiating.rounds and config.initiating.scope != config.training.scope:
-        refuse(
-            f"{subject} needs the same scope in all rounds ({why})",
-            f"{switch(config, 'initiating.scope')} and {switch(config, 'training.scope')}",
-            f"set initiating.rounds = 0, or leave {subject.partition(' ')[0]} out",
-        )
 
 
 def _stages_fit(config: RunTables) -> None:
@@ -123,7 +115,7 @@ def _client_ranks_fit(config: RunTables) -> None:
         )
     shapes = "clients of unlike rank have factors of unlike shape"
     needs(config, subject, "training.scope", "adapter", why="only an adapter has a rank")
-    _needs_one_scope(config, subject, "only an adapter has a rank")
+    needs_one_scope(config, subject, "only an adapter has a rank")
     needs(config, subject, "aggregation.kind", "product", "zero-pad", "stack", why=shapes)
     needs(config, subject, "training.control_variates", False, why=f"SCAFFOLD with rank lists: {shapes}")
     needs(config, subject, "server_optimizer.kind", "none", why=shapes)
@@ -144,7 +136,7 @@ def _privacy_holds(config: RunTables) -> None:
         'aggregation.kind = "product" as under "factors": FFA-LoRA, arXiv 2403.12313'
     )
     needs(config, subject, "training.scope", "b-only", "full", why=why)
-    _needs_one_scope(config, subject, why)
+    needs_one_scope(config, subject, why)
     needs(config, subject, "aggregation.weights", "equal", why=bounded)
     needs(config, subject, "aggregation.robust", "none", why=bounded)
     bars(config, subject, "aggregation.norm_bound", bounded)
@@ -178,7 +170,7 @@ def _variates_are_mean_gradients(config: RunTables) -> None:
         return
     subject = "training.control_variates = true"
     _state_lasts(config, subject, "variates")
-    _needs_one_scope(config, subject, "variates are kept from round to round")
+    needs_one_scope(config, subject, "variates are kept from round to round")
     why = "variates are mean gradients, (x - y) / (steps * learning_rate)"
     needs(config, subject, "training.optimizer", "sgd", why=why)
     for key in ("training.momentum", "training.mu", *["initiating.mu"] * (config.initiating.rounds > 0)):
@@ -198,16 +190,6 @@ def _cohort_outnumbers_the_byzantine(config: RunTables) -> None:
         )
 
 
-def _cohort_is_enough(config: RunTables) -> None:
-    key = "federation.num_clients" if config.federation.cohort_size is None else "federation.cohort_size"
-    if config.faults.min_clients > value_of(config, key):
-        refuse(
-            f"faults.min_clients must be at most {key}",
-            f"{config.faults.min_clients} and {value_of(config, key)}",
-            f"lower faults.min_clients, or raise {key}",
-        )
-
-
 def _robust_mean_has_a_basis(config: RunTables) -> None:
     if config.aggregation.robust not in ("median", "trimmed-mean"):
         return
@@ -215,7 +197,7 @@ def _robust_mean_has_a_basis(config: RunTables) -> None:
     if config.training.scope == "adapter":
         needs(config, subject, "aggregation.kind", "product", why=why)
     elif config.initiating.scope == "adapter":
-        _needs_one_scope(config, subject, why)
+        needs_one_scope(config, subject, why)
 
 
 def _base_takes_what_is_folded(config: RunTables) -> None:
@@ -247,7 +229,7 @@ def _frobenius_norm_is_there(config: RunTables) -> None:
     if config.aggregation.weights == "frobenius":
         subject, why = 'aggregation.weights = "frobenius"', "it is the norm of B @ A"
         needs(config, subject, "training.scope", "adapter", why=why)
-        _needs_one_scope(config, subject, why)
+        needs_one_scope(config, subject, why)
 
 
 def _sums_are_plain(config: RunTables) -> None:
@@ -299,12 +281,6 @@ def _losses_have_a_basis(config: RunTables) -> None:
         )
 
 
-def _deadlines_depend_on_the_machine(config: RunTables) -> None:
-    if config.faults.round_deadline_s is not None:
-        why = "who is late depends on the machine and its load"
-        needs(config, "faults.round_deadline_s", "federation.reproducible", False, why=why)
-
-
 def _compiled_code_may_differ(config: RunTables) -> None:
     if config.training.compile:
         why = "compiled kernels give other bits than eager ones, and on other machines"
@@ -324,7 +300,6 @@ RULES: tuple[Callable[[RunTables], None], ...] = (
     _server_optimizer_lasts,
     _variates_are_mean_gradients,
     _cohort_outnumbers_the_byzantine,
-    _cohort_is_enough,
     _robust_mean_has_a_basis,
     _base_takes_what_is_folded,
     _cuts_can_be_judged,
@@ -335,5 +310,5 @@ RULES: tuple[Callable[[RunTables], None], ...] = (
     _rounding_is_harmless,
     _losses_have_a_basis,
     _compiled_code_may_differ,
-    _deadlines_depend_on_the_machine,
+    *FAULT_RULES,
 )

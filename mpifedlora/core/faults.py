@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mpifedlora.core.screening import NOT_FINITE
-from mpifedlora.core.wire import FAILED, LATE
+from mpifedlora.core.wire import FAILED, LATE, POSTPONED
 
 
 def count_failures(failures: Sequence[int], outcomes: Mapping[int, str]) -> list[int]:
@@ -25,7 +25,7 @@ def count_failures(failures: Sequence[int], outcomes: Mapping[int, str]) -> list
     for client_id, outcome in outcomes.items():
         if outcome in (FAILED, NOT_FINITE):
             counted[client_id] += 1
-        elif outcome != LATE:
+        elif outcome not in (LATE, POSTPONED):
             counted[client_id] = 0
     return counted
 

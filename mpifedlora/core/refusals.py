@@ -54,3 +54,13 @@ def bars(config: RunTables, subject: str, key: str, why: str) -> None:
             switch(config, key),
             f"leave {key} or {subject.partition(' ')[0]} out",
         )
+
+
+def needs_one_scope(config: RunTables, subject: str, why: str) -> None:
+    """Refuse a switch where the initiating stage trains something else than the rounds after it."""
+    if config.initiating.rounds and config.initiating.scope != config.training.scope:
+        refuse(
+            f"{subject} needs the same scope in all rounds ({why})",
+            f"{switch(config, 'initiating.scope')} and {switch(config, 'training.scope')}",
+            f"set initiating.rounds = 0, or leave {subject.partition(' ')[0]} out",
+        )

@@ -40,7 +40,7 @@ from mpifedlora.core.server_optimizer import CutMap, carry_variate
 from mpifedlora.core.server_update import FlatUpdate
 from mpifedlora.core.streaming import RoundStream, admit
 from mpifedlora.core.switches import Switches
-from mpifedlora.core.wire import ClientUpdate, UpdateHeader
+from mpifedlora.core.wire import POSTPONED, ClientUpdate, UpdateHeader
 
 Judge = Callable[[RoundPlan, Tensor], float]
 
@@ -152,7 +152,8 @@ class Coordinator:
         ranks = uniform(budget, self.shapes.modules)
         admitted = admit(switches, headers)
         used = [header.client_id for header in admitted.used]
-        states, failures = self._states_after(used), count_failures(self.failures, admitted.outcomes)
+        states = self._states_after(used, admitted.outcomes)
+        failures = count_failures(self.failures, admitted.outcomes)
         following = plan_next(switches, plan, self.shapes, ranks, used, states, failures)
         opening = self._prepare(following)
         announced = following.stopped() if stops else replace(following, evaluates=evaluates)
@@ -172,7 +173,7 @@ class Coordinator:
     def _remember(self, used: Sequence[UpdateHeader], outcomes: Mapping[int, str]) -> None:
         plan = self.next_plan
         self.failures = count_failures(self.failures, outcomes)
-        self.state_rounds = self._states_after([header.client_id for header in used])
+        self.state_rounds = self._states_after([header.client_id for header in used], outcomes)
         if plan.has_variates:
             num_values = plan.shared_layout(self.shapes).num_values
             self.variate = torch.zeros(num_values) if self.variate is None else self.variate
@@ -180,9 +181,11 @@ class Coordinator:
                 assert isinstance(update, ClientUpdate), "variates come with whole rows"
                 self.variate.add_(update.values[num_values:], alpha=1 / self.switches.num_eligible)
 
-    def _states_after(self, used: Sequence[int]) -> list[int]:
-        present, took_part = self.next_plan.round_num, set(used)
-        return [present if index in took_part else before for index, before in enumerate(self.state_rounds)]
+    def _states_after(self, used: Sequence[int], outcomes: Mapping[int, str]) -> list[int]:
+        present = self.next_plan.round_num
+        after = dict.fromkeys(used, present if self.switches.always_keeps_state else 0)
+        after |= {client_id: present for client_id, outcome in outcomes.items() if outcome == POSTPONED}
+        return [after.get(index, before) for index, before in enumerate(self.state_rounds)]
 
     def _following(self, ranks: tuple[int, ...], used: Sequence[int] = ()) -> RoundPlan:
         states, failures = self.state_rounds, self.failures

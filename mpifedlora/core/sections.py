@@ -307,3 +307,14 @@ class FaultsConfig(Section):
         description="Seconds that a worker has for its clients of a round. A client that is then in training "
         "(looked at between its steps) or still waits is left out as late. Such a run is not reproducible.",
     )
+    late: Literal["drop", "next-round"] = Field(
+        "drop",
+        description="What becomes of the steps that a late client has taken. `drop`: nothing; `next-round`: "
+        "in its next round it starts from the new global state plus the change that it had made, takes the "
+        "steps that it still owes, and its update counts less.",
+    )
+    late_exponent: NonNegative = Field(
+        0.5,
+        description="Under `next-round` an update that began s rounds ago counts (1 + s)^-late_exponent "
+        "times; 0: as much as any other.",
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mpifedlora.core.aggregation import AGGREGATORS, Aggregator, weighted_mean
 from mpifedlora.core.annealer import Guidance
+from mpifedlora.core.lateness import staleness_weight
 from mpifedlora.core.robust import Combiner
 from mpifedlora.core.schedule import RankSchedule
 from mpifedlora.core.screening import Screening
@@ -43,6 +44,7 @@ class Switches:
         guidance: of measured schedules.
         mu: proximal weight of a round.
         wire: what messages and updates are sent as.
+        late_exponent: of the weight of updates that come late; None where these are dropped.
         reduces: whether the workers add up their clients' updates on the way.
         device: where the server decomposes sums.
     """
@@ -69,12 +71,18 @@ class Switches:
     guidance: Guidance = field(default_factory=Guidance)
     mu: Callable[[int], float] = lambda round_num: 0.0
     wire: WireFormat = field(default_factory=WireFormat)
+    late_exponent: float | None = None
     reduces: bool = False
     device: str = "cpu"
 
     @property
     def client_keeps_state(self) -> bool:
-        """Whether clients keep something between rounds."""
+        """Whether clients keep something between rounds, if only how far a late one has come."""
+        return self.always_keeps_state or self.late_exponent is not None
+
+    @property
+    def always_keeps_state(self) -> bool:
+        """Whether each client keeps something from every round that it takes part in."""
         return self.keeps_b or self.has_variates or self.wire.feeds_back
 
     @property
@@ -90,9 +98,12 @@ class Switches:
         is_plain = self.optimizer is None and self.noise is None and not self.has_variates
         return is_plain and is_cut_apart and not (needs_norms or self.aggregator.folds or self.client_ranks)
 
-    def counts(self, header: UpdateHeader) -> int:
+    def counts(self, header: UpdateHeader) -> float:
         """Return what an update counts, as far as its header tells."""
-        return header.num_examples if self.weights == "examples" else 1
+        count = header.num_examples if self.weights == "examples" else 1
+        if self.late_exponent is None or not header.staleness:
+            return count
+        return count * staleness_weight(header.staleness, self.late_exponent)
 
     def round_scope(self, round_num: int) -> str:
         """Return what a round trains: `adapter`, `full`, `a` or `b`."""

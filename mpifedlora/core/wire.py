@@ -23,9 +23,9 @@ from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, fields_
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ProtocolError
 
-FAILED, LATE = "failed", "late"
+FAILED, LATE, POSTPONED = "failed", "late", "postponed"
 VALUE_BYTES = 4
-_FAULTS = ("", FAILED, LATE)
+_FAULTS = ("", FAILED, LATE, POSTPONED)
 _COPIED_VALUES = 2**18  # of a piece that is copied from a GPU while the piece before is sent
 UPDATE_HEADER = header_record(
     round_num="<i4",
@@ -36,13 +36,15 @@ UPDATE_HEADER = header_record(
     ranks_digest="<u4",
     num_examples="<i8",
     num_steps="<i8",
+    staleness="<i8",
     num_bytes="<i8",
     train_loss="<f8",
     penalty="<f8",
     train_s="<f8",
 )
 _FIELDS = UPDATE_HEADER.names or ()
-_COPIED = ("client_id", "num_examples", "num_steps", "train_loss", "penalty", "train_s", "is_finite")
+_COPIED = ("client_id", "num_examples", "num_steps", "staleness")
+_COPIED += ("train_loss", "penalty", "train_s", "is_finite")
 
 
 def ranks_digest(lora_ranks: Sequence[int]) -> int:
@@ -157,7 +159,9 @@ class UpdateHeader:
         penalty: mean proximal penalty over its steps.
         train_s: seconds it trained.
         is_finite: whether all values are finite; not where there are none.
-        fault: why there are none: FAILED or LATE; the row is then mere zeros.
+        fault: why there are none: FAILED, LATE, or POSTPONED where the client goes on in its next round; the
+            row is then mere zeros.
+        staleness: rounds since the client began, where it was late.
     """
 
     client_id: int
@@ -168,6 +172,7 @@ class UpdateHeader:
     train_s: float
     is_finite: bool
     fault: str = field(default="", kw_only=True)
+    staleness: int = field(default=0, kw_only=True)
 
     def write(self, rows: UpdateRows, index: int, plan: RoundPlan) -> None:
         """Write it into the header of a row."""
@@ -279,7 +284,7 @@ class UpdateRows:
                 done.synchronize()
         self._copies = [copy for copy in self._copies if copy[0] >= stop]
 
-    def close(self, index: int, counts: int) -> None:
+    def close(self, index: int, counts: float) -> None:
         """Take note that a row is written: nothing is left to do, it is sent as it is."""
 
 
@@ -303,7 +308,7 @@ class SummedRows(UpdateRows):
     def _room(self) -> int:
         return padded(max(self.sizes, default=0))
 
-    def close(self, index: int, counts: int) -> None:
+    def close(self, index: int, counts: float) -> None:
         """Add the row to the sum, by what the client counts, unless its header says that it is not finite."""
         self.settle(self.sizes[index])
         if self.header(index)["is_finite"]:

@@ -138,6 +138,7 @@ class Checkpointer:
     def _write(self, round_num: int, taken: Snapshot) -> None:
         self._store.write(round_num, encode(*taken))
         self._needed.append(taken.numbers["state_rounds"])
-        for client_id, oldest in enumerate(self._needed[0]):
-            if oldest:
-                self._client_states.remove_before(client_id, oldest)
+        for client_id, versions in enumerate(zip(*self._needed, strict=True)):
+            # 0: nothing is kept. A round that has begun since may have written its version already.
+            oldest = min((version for version in versions if version), default=round_num + 1)
+            self._client_states.remove_before(client_id, oldest)

@@ -264,6 +264,7 @@ def _worker(
         wire_format(config),
         reduce_dtype=config.transport.reduce_dtype,
         counts_examples=config.aggregation.weights == "examples",
+        late_exponent=config.faults.late_exponent,
         is_direct=is_direct,
         round_deadline_s=config.faults.round_deadline_s,
     )

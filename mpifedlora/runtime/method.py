@@ -20,6 +20,7 @@ from mpifedlora.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from mpifedlora.core.annealer import Guidance
+    from mpifedlora.core.lateness import Carried
     from mpifedlora.core.layout import ModelShapes
     from mpifedlora.core.robust import Combiner
     from mpifedlora.core.screening import Screening
@@ -75,6 +76,7 @@ def build_switches(
         guidance=_guidance(config),
         mu=partial(_mu, config),
         wire=wire_format(config),
+        late_exponent=config.faults.late_exponent if config.faults.late == "next-round" else None,
         reduces=reduces,
         device=device,
     )
@@ -170,7 +172,16 @@ def client_keeps_state(config: RunConfig) -> bool:
     """Say whether clients keep something between rounds."""
     training, transport = config.training, config.transport
     keeps_losses = transport.error_feedback and transport.uplink_dtype != "float32"
-    return training.personal != "none" or training.control_variates or keeps_losses
+    keeps_progress = config.faults.late == "next-round"
+    return training.personal != "none" or training.control_variates or keeps_losses or keeps_progress
+
+
+def carried_progress(config: RunConfig) -> Carried:
+    """Return how the change that a late client has made is taken into its next round."""
+    if config.faults.late == "drop":
+        return ""
+    has_new_basis = config.aggregation.kind in ("product", "stack") and config.training.scope == "adapter"
+    return "products" if has_new_basis else "values"
 
 
 def _learning_rate(config: RunConfig, round_num: int, scope: str) -> float:

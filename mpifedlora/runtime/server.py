@@ -21,10 +21,10 @@ from mpifedlora.core.planning import given_to, shrink, without_training
 from mpifedlora.core.report import RoundReport
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import ABOVE_BOUND, NOT_FINITE, USED
-from mpifedlora.core.wire import FAILED, LATE, UpdateHeader
+from mpifedlora.core.wire import FAILED, LATE, POSTPONED, UpdateHeader
 from mpifedlora.errors import RunLost, WorkerLost
 from mpifedlora.io.results_schema import Baselines, RoundRow
-from mpifedlora.runtime.rows import columns_by_client, measured, seconds_of_row
+from mpifedlora.runtime.rows import columns_by_client, late_updates, measured, seconds_of_row
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.runtime.stopwatch import Stopwatch
 from mpifedlora.transport.base import ServerTransport
@@ -37,6 +37,7 @@ _ADVICE = {
     ABOVE_BOUND: "is above aggregation.norm_bound and was left out",
     FAILED: "is missing: its training failed, and its worker's standard error says why",
     LATE: "is missing: it was not trained by faults.round_deadline_s",
+    POSTPONED: "is late (faults.round_deadline_s): the client goes on in its next round",
 }
 
 
@@ -219,7 +220,7 @@ class Server:
 
     def _remove_states(self, plan: RoundPlan, report: RoundReport) -> None:
         for client_id, outcome in report.outcomes.items():
-            if outcome != USED:
+            if outcome not in (USED, POSTPONED):
                 self.store.remove(client_id, plan.round_num)
             elif not self.keeps_states:
                 self.store.remove_before(client_id, plan.round_num)
@@ -265,6 +266,8 @@ class Server:
         for client_id, outcome in report.outcomes.items():
             if outcome in _ADVICE:
                 self.warn(f"round {plan.round_num}: the update of client {client_id} {_ADVICE[outcome]}")
+        for client_id, began in late_updates(plan.round_num, report):
+            self.warn(f"round {plan.round_num}: the update of client {client_id} began in round {began}")
         failures, most = self.coordinator.failures, self.coordinator.switches.max_failures
         for client_id in set_aside(failures, most):
             if client_id in report.outcomes:  # later it is in no cohort

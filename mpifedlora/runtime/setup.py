@@ -24,6 +24,7 @@ from mpifedlora.io.model_files import check_model_folder, check_targets, model_p
 from mpifedlora.io.tables import Examples
 from mpifedlora.runtime.building import build_model, build_task
 from mpifedlora.runtime.data import FederatedData, check_data
+from mpifedlora.runtime.method import carried_progress
 
 if TYPE_CHECKING:
     from mpifedlora.runtime.evaluation import Evaluation
@@ -119,6 +120,7 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
             seed=config.federation.seed,
             clip_norm=config.privacy.clip_norm,
             batching=training.batching,
+            carried=carried_progress(config),
         ),
     )
 

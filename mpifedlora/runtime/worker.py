@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mpifedlora.core.lateness import staleness_weight, without_progress
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.wire import (
     FAILED,
     LATE,
+    POSTPONED,
     SummedRows,
     UpdateHeader,
     UpdateRows,
@@ -37,6 +39,7 @@ class Worker:
         wire: what messages and updates are sent as.
         reduce_dtype: what updates are added up in, where the plan says that they are.
         counts_examples: whether a client counts by its examples then, else all count the same.
+        late_exponent: of the weight of an update that comes late.
         is_direct: whether MPI sends updates out of GPU memory.
         round_deadline_s: seconds that it has for its clients of a round; None is as long as it takes.
     """
@@ -50,6 +53,7 @@ class Worker:
         *,
         reduce_dtype: str = "float32",
         counts_examples: bool = True,
+        late_exponent: float = 0.0,
         is_direct: bool = False,
         round_deadline_s: float | None = None,
     ) -> None:
@@ -59,6 +63,7 @@ class Worker:
         self.model = replica.model
         self._examples_of = replica.examples_of()
         self.wire, self.reduce_dtype, self.counts_examples = wire, reduce_dtype, counts_examples
+        self.late_exponent = late_exponent
         self.is_direct = is_direct
         self.round_deadline_s = math.inf if round_deadline_s is None else round_deadline_s
         self._rows: UpdateRows | None = None
@@ -104,13 +109,10 @@ class Worker:
     def _attempt(self, client_id: int, rows: UpdateRows, index: int, deadline: float) -> str:
         """Train one client, and return its fault; once this has returned, nothing holds its memory."""
         try:
-            self._train_one(client_id, rows, index, lambda: time.perf_counter() > deadline)
-        except DeadlinePassed:
-            return LATE
+            return self._train_one(client_id, rows, index, lambda: time.perf_counter() > deadline)
         except Exception as error:
             sys.stderr.write(self._told(client_id, error).splitlines()[0] + "\n")
             return FAILED
-        return ""
 
     def _give_up(self, client_id: int, rows: UpdateRows, index: int, fault: str, begun: float) -> None:
         try:
@@ -144,15 +146,26 @@ class Worker:
         device = str(self.model.device) if is_direct else "cpu"
         return fitting_rows(self._rows, sizes, device=device, is_pinned=is_pinned)
 
-    def _train_one(self, client_id: int, rows: UpdateRows, index: int, is_late: Callable[[], bool]) -> None:
+    def _postpone(self, client_id: int, passed: DeadlinePassed, kept: Mapping[str, Tensor]) -> str:
+        """Keep how far a late client has come, if it may go on in its next round."""
+        if passed.progress is None:
+            return LATE
+        self.replica.memory.keep(self.plan, client_id, without_progress(kept) | passed.progress.pack())
+        return POSTPONED
+
+    def _train_one(self, client_id: int, rows: UpdateRows, index: int, is_late: Callable[[], bool]) -> str:
+        """Train one client into its row; return why there is nothing in it, or ""."""
         started = time.perf_counter()
         examples, row = self._examples_of(client_id), rows.wire(index)
         values = self._values(client_id, row)
         task, settings, memory = self.replica.task, self.replica.settings, self.replica.memory
         kept = memory.recall(self.plan, client_id)
-        result = train_client(
-            self.model, task, examples, settings, self.plan, client_id, values, kept, is_late
-        )
+        try:
+            result = train_client(
+                self.model, task, examples, settings, self.plan, client_id, values, kept, is_late
+            )
+        except DeadlinePassed as passed:
+            return self._postpone(client_id, passed, kept)
         keeps = result.memory
         if self.wire.uplink != "float32":
             keeps |= self._encode(client_id, values, row, kept)
@@ -167,8 +180,11 @@ class Worker:
             penalty=result.penalty,
             train_s=time.perf_counter() - started,
             is_finite=result.is_finite,
+            staleness=result.staleness,
         ).write(rows, index, self.plan)
-        rows.close(index, len(examples) if self.counts_examples else 1)
+        count = len(examples) if self.counts_examples else 1
+        rows.close(index, count * staleness_weight(result.staleness, self.late_exponent))
+        return ""
 
     def _values(self, client_id: int, row: Tensor) -> Tensor:
         """Return where a client's values are trained: in its row, if that is what is sent of them."""

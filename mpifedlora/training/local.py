@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mpifedlora.core.batches import Indices, batch_indices
 from mpifedlora.core.codec import LARGEST_VALUE
+from mpifedlora.core.lateness import Carried, Progress, go_on
 from mpifedlora.core.layout import copy_common
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.privacy import clip
@@ -35,6 +37,7 @@ class LocalSettings:
     seed: int
     clip_norm: float | None = None
     batching: str = "shuffled"
+    carried: Carried = ""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,12 @@ class LocalResult:
     """What one client's training gave, beside the trained values.
 
     Args:
-        num_steps: optimiser steps.
+        num_steps: optimiser steps, with those that were taken in rounds before.
         train_loss: mean task loss.
         penalty: mean proximal penalty.
         is_finite: whether all values are.
         memory: what the client keeps for its next round, flat tensors by name.
+        staleness: rounds since it began.
     """
 
     num_steps: int
@@ -54,10 +58,20 @@ class LocalResult:
     penalty: float
     is_finite: bool
     memory: dict[str, Tensor]
+    staleness: int = 0
 
 
 class DeadlinePassed(Exception):
-    """A client was still training at the round's deadline."""
+    """A client was still training at the round's deadline.
+
+    Args:
+        num_steps: that it has taken in this round.
+    """
+
+    def __init__(self, num_steps: int = 0) -> None:
+        super().__init__(f"after {num_steps} steps")
+        self.num_steps = num_steps
+        self.progress: Progress | None = None  # what it goes on from, where that is kept
 
 
 def train_client(
@@ -89,7 +103,8 @@ def train_client(
         is_late: asked before each step.
 
     Raises:
-        DeadlinePassed: if it says so; `values` then hold nothing of use.
+        DeadlinePassed: if it says so; `values` then hold nothing of use. How far the client has come goes
+            with it where `settings.carried` says how to go on.
     """
     start = model.start(plan, client_id, memory)
     reference = start.to(model.device)
@@ -98,9 +113,19 @@ def train_client(
     is_in_place = fits and values.device == model.device
     flat = values[: start.numel()].copy_(reference) if is_in_place else reference.clone()
     drift = _drift(model, plan, client_id, memory, reference) if plan.has_variates else None
-    losses, penalties = _steps(
-        model, task, examples, settings, plan, client_id, flat, reference, drift, is_late
-    )
+    before = Progress.unpack(memory) if settings.carried else None
+    if before is not None:
+        trained = plan.trained_layout(model.shapes, client_id)
+        flat.copy_(go_on(before, trained, start, settings.carried))
+    taken = before.num_steps if before else 0
+    try:
+        losses, penalties = _steps(
+            model, task, examples, settings, plan, client_id, flat, reference, drift, is_late, taken
+        )
+    except DeadlinePassed as passed:
+        if settings.carried and passed.num_steps and _is_finite(flat):
+            passed.progress = _progress(model, plan, client_id, before, passed.num_steps, start, flat)
+        raise
     if settings.clip_norm is not None:
         _clip_update(flat, reference, settings.clip_norm)
     if not is_in_place:
@@ -111,8 +136,28 @@ def train_client(
         change = drift.finish(reference, flat, len(losses) * plan.learning_rate)
         values[shared.num_values :].copy_(change)
         kept["variate"] = drift.own.cpu()
-    is_finite = bool((values.abs() < LARGEST_VALUE).all() and (flat.abs() < LARGEST_VALUE).all())
-    return LocalResult(len(losses), _mean(losses), _mean(penalties), is_finite, kept)
+    is_finite = _is_finite(values) and _is_finite(flat)
+    staleness = plan.round_num - before.begun if before else 0
+    return LocalResult(taken + len(losses), _mean(losses), _mean(penalties), is_finite, kept, staleness)
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool((values.abs() < LARGEST_VALUE).all())
+
+
+def _progress(
+    model: FederatedModel,
+    plan: RoundPlan,
+    client_id: int,
+    before: Progress | None,
+    num_steps: int,
+    start: Tensor,
+    flat: Tensor,
+) -> Progress:
+    ranks = plan.trained_layout(model.shapes, client_id).lora_ranks
+    begun = before.begun if before else plan.round_num
+    taken = num_steps + (before.num_steps if before else 0)
+    return Progress(begun, taken, ranks, start.cpu(), flat.to("cpu", copy=True))
 
 
 class Drift:
@@ -158,16 +203,18 @@ def _steps(
     reference: Tensor,
     drift: Drift | None,
     is_late: Callable[[], bool],
+    taken: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     grad = torch.zeros_like(flat)
     optimizer = _optimizer(flat, grad, settings, plan.learning_rate)
     model.bind(plan, flat, grad, client_id)
     model.train(True)
     torch.manual_seed(torch_seed(settings.seed, "dropout", plan.round_num, client_id))
-    losses, penalties = [], []
-    for indices in _batches(examples, settings, plan.round_num, client_id):
+    losses: list[Tensor] = []
+    penalties: list[Tensor] = []
+    for indices in islice(_batches(examples, settings, plan.round_num, client_id), taken, None):
         if is_late():
-            raise DeadlinePassed
+            raise DeadlinePassed(len(losses))
         inputs, targets = task.collate(examples, indices)
         grad.zero_()
         with _autocast(settings.precision, model.device):

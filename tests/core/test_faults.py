@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from mpifedlora.core.faults import count_failures, set_aside
 from mpifedlora.core.screening import ABOVE_BOUND, NOT_CHOSEN, NOT_FINITE, USED
-from mpifedlora.core.wire import FAILED, LATE
+from mpifedlora.core.wire import FAILED, LATE, POSTPONED
 
 BAD, GOOD = [FAILED, NOT_FINITE], [USED, ABOVE_BOUND, NOT_CHOSEN]
-OUTCOMES = st.sampled_from([*BAD, *GOOD, LATE])
+OUTCOMES = st.sampled_from([*BAD, *GOOD, LATE, POSTPONED])
 ROUNDS = st.lists(st.dictionaries(st.integers(0, 3), OUTCOMES), max_size=12)
 
 
@@ -22,8 +22,8 @@ def counted(rounds: list[dict[int, str]]) -> list[int]:
 
 
 def test_only_failures_count_and_only_values_end_a_row() -> None:
-    outcomes = dict(enumerate([FAILED, NOT_FINITE, LATE, USED, ABOVE_BOUND, NOT_CHOSEN]))
-    assert count_failures([2] * 7, outcomes) == [3, 3, 2, 0, 0, 0, 2]
+    outcomes = dict(enumerate([FAILED, NOT_FINITE, LATE, USED, ABOVE_BOUND, NOT_CHOSEN, POSTPONED]))
+    assert count_failures([2] * 8, outcomes) == [3, 3, 2, 0, 0, 0, 2, 2]
 
 
 def test_the_counts_before_stay_as_they_are() -> None:

@@ -15,6 +15,7 @@ from mpifedlora.core.plan import ABSENT, RoundPlan
 from mpifedlora.core.wire import (
     FAILED,
     LATE,
+    POSTPONED,
     ClientUpdate,
     SummedRows,
     UpdateHeader,
@@ -153,16 +154,16 @@ def test_float64_sums_keep_what_float32_loses() -> None:
 @LAWS
 @given(
     client_id=COUNTS,
-    numbers=st.tuples(*[st.integers(0, 2**63 - 1)] * 2),
+    numbers=st.tuples(*[st.integers(0, 2**63 - 1)] * 3),
     floats=st.tuples(FLOATS, FLOATS, FLOATS),
     is_finite=st.booleans(),
-    fault=st.sampled_from(["", FAILED, LATE]),
+    fault=st.sampled_from(["", FAILED, LATE, POSTPONED]),
     sizes=st.tuples(*[st.integers(0, 99)] * 3),
     round_num=COUNTS,
 )
 def test_a_header_survives_a_round_trip(
     client_id: int,
-    numbers: tuple[int, int],
+    numbers: tuple[int, int, int],
     floats: tuple[float, float, float],
     is_finite: bool,
     fault: str,
@@ -170,12 +171,12 @@ def test_a_header_survives_a_round_trip(
     round_num: int,
 ) -> None:
     plan, rows = replace(PLAN, round_num=round_num), UpdateRows(sizes)
-    sent = UpdateHeader(client_id, *numbers, *floats, is_finite, fault=fault)
+    sent = UpdateHeader(client_id, *numbers[:2], *floats, is_finite, fault=fault, staleness=numbers[2])
     sent.write(rows, 1, plan)
     (got,) = read_headers(rows.headers[1:2], plan, [client_id], sizes[1:2])
     assert got == sent
     assert {name: type(value) for name, value in asdict(got).items()} == {
-        **dict.fromkeys(("client_id", "num_examples", "num_steps"), int),
+        **dict.fromkeys(("client_id", "num_examples", "num_steps", "staleness"), int),
         **dict.fromkeys(("train_loss", "penalty", "train_s"), float),
         "is_finite": bool,
         "fault": str,

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import support
 
-from mpifedlora.errors import TrainingError
+from mpifedlora.errors import ConfigError, TrainingError
 from mpifedlora.io.results import read_results
 from mpifedlora.runtime import launch, method, worker
+from mpifedlora.runtime.interruption import Interruption
 from mpifedlora.training.models import FederatedModel
 
 FREE = "federation.reproducible=false"
@@ -195,6 +196,101 @@ def test_clients_after_the_deadline_are_late(folder, tmp_path, capsys, monkeypat
     assert_same_run(found, wanted)
     assert not found.info.reproducible
     assert "the update of client 3 is missing: it was not trained by faults" in capsys.readouterr().out
+
+
+class Hours:
+    """A clock by which steps of some clients take an hour: (round, client), from the second step on."""
+
+    def __init__(self, *places):
+        self.places, self.jumped_s = places, 0.0
+
+    def perf_counter(self):
+        return time.perf_counter() + self.jumped_s
+
+    def happen(self, round_num, client_id):
+        self.jumped_s += 3600 * ((round_num, client_id) in self.places)
+
+
+LATE = (FREE, "faults.round_deadline_s=1000", "faults.late=next-round", "training.local_steps=3")
+CARRYING = {
+    "sa-fedlora": (),
+    "fedavg": ("federation.method=fedavg",),
+    "fedit": ("federation.method=fedit",),
+    "flora": ("federation.method=flora",),
+    "sums": ("federation.method=fedit", "transport.collect=reduce"),
+    "what rounding lost": METHODS["what rounding lost"],
+    "ranks": ("federation.method=flexlora", "lora.client_ranks=[1, 2, 4]"),
+}
+
+
+@pytest.fixture
+def late_run(folder, tmp_path, monkeypatch, in_forward):
+    """Run with a client 2 that stops in round 2 after two of three steps."""
+
+    def start(*settings):
+        clock = Hours((2, 2))
+        monkeypatch.setattr(worker, "time", clock)
+        in_forward(clock.happen)
+        return run(folder, tmp_path / "-".join(settings).replace("/", ""), *LATE, *settings)
+
+    return start
+
+
+@pytest.mark.parametrize("settings", CARRYING.values(), ids=CARRYING)
+def test_a_late_client_goes_on_in_its_next_round(late_run, capsys, settings):
+    found = late_run(*settings)
+    # Client 3 of the same worker has not begun.
+    assert found.clients["outcome"].tolist() == outcomes_but(r2c2="postponed", r2c3="late")
+    out = capsys.readouterr().out
+    assert (
+        "warning: round 2: the update of client 2 is late (faults.round_deadline_s): the client goes" in out
+    )
+    assert out.count("warning: round 3: the update of client 2 began in round 2") == 1
+    assert not found.info.reproducible
+    assert np.isfinite(found.rounds["eval_loss"]).all()
+
+
+def test_what_late_steps_are_worth_is_the_users_choice(late_run):
+    settings = ((), ("faults.late=drop",), ("faults.late_exponent=0",))
+    losses = [late_run(*each).rounds["eval_loss"].tolist() for each in settings]
+    assert losses[0][:2] == losses[1][:2] == losses[2][:2]
+    assert len({one[2] for one in losses}) == 3
+
+
+def test_a_resumed_run_goes_on_with_its_late_clients(folder, tmp_path, monkeypatch, in_forward):
+    clock = Hours((2, 2), (3, 2))
+    monkeypatch.setattr(worker, "time", clock)
+    in_forward(clock.happen)
+    whole = run(folder, tmp_path / "whole", *LATE)
+    column = whole.clients["outcome"][:, 2].tolist()
+    assert column == ["used", "postponed", "used", "used"]  # two steps late, it owes one
+    out, asked = tmp_path / "cut short", []
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "is_due", lambda self: asked.append(1) or len(asked) == 2)
+        assert launch.run(folder / "run.toml", LATE, out, False) == 85
+    assert launch.run(None, (), out, False, resumes=True) == 0
+    found = read_results(out / "results.h5")
+    assert found.clients["outcome"].tolist() == whole.clients["outcome"].tolist()
+    assert_same_run(found, whole)
+
+
+def test_a_refused_switch_says_why(folder, tmp_path):
+    for settings, why in (
+        (("federation.method=scaffold",), "a variate is the mean gradient of steps from one state"),
+        (("federation.method=rolora",), "the next round trains the other factor"),
+        (("federation.method=fedsa-lora",), "A of another"),
+        (("aggregation.robust=median",), "has no weights"),
+        (("initiating.scope=full",), "has no place in the other"),
+        (
+            ("federation.method=custom", "aggregation.kind=factors"),
+            "a cut gives the mean factors a new basis",
+        ),
+        (("federation.method=hetlora",), "a norm as the weight"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            launch.run(folder / "run.toml", (*LATE, *settings), tmp_path / "run", False)
+    with pytest.raises(ConfigError, match=r"needs faults\.round_deadline_s"):
+        launch.run(folder / "run.toml", (FREE, "faults.late=next-round"), tmp_path / "run", False)
 
 
 def test_with_a_deadline_that_nobody_meets_the_run_ends_as_it_began(folder, tmp_path):

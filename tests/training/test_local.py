@@ -62,9 +62,11 @@ def start(model, plan, seed=0):
     return state.clone()
 
 
-def train(model, task, examples, settings, plan, client_id=0, memory=None):
+def train(model, task, examples, settings, plan, client_id=0, memory=None, **options):
     values = torch.full((plan.row_values(model.shapes, client_id),), torch.nan)
-    return train_client(model, task, examples, settings, plan, client_id, values, memory or {}), values
+    kept = memory or {}
+    result = train_client(model, task, examples, settings, plan, client_id, values, kept, **options)
+    return result, values
 
 
 class Replay:
@@ -638,6 +640,56 @@ def test_the_clock_is_asked_before_each_step(model, task, examples, late_at):
     model.peft_model.register_forward_pre_hook(lambda *_: forwards.append(1))
     given_up(model, task, examples, plan, Clock(late_at))
     assert len(forwards) == late_at - 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"scope": "full"}, {"scope": "b"}])
+def test_a_late_client_goes_on_as_if_it_had_not_been_late(model, task, examples, changes):
+    """From the same state, with batches drawn alike and an optimiser that remembers nothing."""
+    plan = make_plan(model, learning_rate=0.1, **changes)
+    start(model, plan)
+    carrying = replace(SGD, carried="values")
+    wanted, values = train(model, task, examples, carrying, plan)
+    with pytest.raises(DeadlinePassed) as passed:
+        train(model, task, examples, carrying, plan, is_late=Clock(3).is_late)
+    kept = passed.value.progress.pack()
+    with pytest.raises(DeadlinePassed) as again:
+        train(model, task, examples, carrying, plan, memory=kept, is_late=Clock(1).is_late)
+    assert again.value.progress is None  # it has taken no step: what was kept before stands
+    found, same = train(model, task, examples, carrying, plan, memory=kept)
+    torch.testing.assert_close(same, values, rtol=1e-4, atol=1e-6)
+    assert (found.num_steps, found.staleness, wanted.staleness) == (wanted.num_steps, 0, 0)
+
+
+def test_progress_adds_up_over_the_rounds(model, task, examples):
+    plan, carrying = make_plan(model, learning_rate=0.1), replace(SGD, carried="products")
+    start(model, plan)
+    with pytest.raises(DeadlinePassed) as first:
+        train(model, task, examples, carrying, plan, is_late=Clock(2).is_late)
+    later = replace(plan, round_num=plan.round_num + 1)
+    with pytest.raises(DeadlinePassed) as second:
+        train(
+            model,
+            task,
+            examples,
+            carrying,
+            later,
+            memory=first.value.progress.pack(),
+            is_late=Clock(2).is_late,
+        )
+    progress = second.value.progress
+    assert (progress.begun, progress.num_steps) == (plan.round_num, 2)
+    last = replace(plan, round_num=plan.round_num + 4)
+    result, _ = train(model, task, examples, carrying, last, memory=progress.pack())
+    assert (result.num_steps, result.staleness) == (3, 4)
+
+
+def test_what_is_not_finite_is_not_gone_on_from(model, task, examples):
+    plan = make_plan(model, learning_rate=1e30)
+    start(model, plan)
+    wild = replace(SGD, carried="values", grad_clip=0.0)
+    with pytest.raises(DeadlinePassed) as passed:
+        train(model, task, examples, wild, plan, is_late=Clock(3).is_late)
+    assert passed.value.progress is None
 
 
 def test_a_client_that_has_taken_its_last_step_is_not_late(model, task, examples):
