@@ -43,8 +43,8 @@ UPDATE_HEADER = header_record(
     train_s="<f8",
 )
 _FIELDS = UPDATE_HEADER.names or ()
-_COPIED = ("client_id", "num_examples", "num_steps", "staleness")
-_COPIED += ("train_loss", "penalty", "train_s", "is_finite")
+_COUNTS = ("client_id", "num_examples", "num_steps", "staleness")
+_COPIED = (*_COUNTS, "train_loss", "penalty", "train_s", "is_finite")
 
 
 def ranks_digest(lora_ranks: Sequence[int]) -> int:
