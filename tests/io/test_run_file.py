@@ -433,7 +433,8 @@ TIED = (
     "annealing.allocation aggregation.kind aggregation.weights aggregation.robust aggregation.norm_bound "
     "training.scope training.personal training.control_variates server_optimizer.kind privacy.clip_norm "
     "privacy.noise_multiplier evaluation.model training.compile transport.collect transport.uplink_dtype "
-    "transport.downlink_dtype transport.error_feedback faults.round_deadline_s faults.min_clients"
+    "transport.downlink_dtype transport.error_feedback faults.round_deadline_s faults.late "
+    "faults.min_clients"
 ).split()
 FIXED = {"annealing.schedule": "constant", "aggregation.kind": "factors"}
 COHERENT: list[dict[str, Any]] = [
@@ -454,6 +455,7 @@ COHERENT: list[dict[str, Any]] = [
     | {"training.optimizer": "sgd", "training.momentum": 0.0, "training.mu": 0.0, "initiating.rounds": 0},
     {"transport.collect": "reduce", "federation.reproducible": False, "training.compile": True, **FIXED},
     {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "bfloat16"},
+    {"faults.round_deadline_s": 9.0, "faults.late": "next-round", "federation.reproducible": False},
     {"transport.uplink_dtype": "float16", "transport.error_feedback": True, **FIXED},
 ]
 
