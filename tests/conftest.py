@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import support
 
 from mpifedlora.runtime.setup import quiet_libraries
 
 quiet_libraries()
+
+# How long an example takes says nothing on a machine that does other things too.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 # What one process of `pytest -n` does, one test after the other, in this order: the longest first. The
 # tests of a group start a cluster or several processes each. A file that is not named is a group of its own.
