@@ -159,7 +159,7 @@ def flat_of(tensors):
 
 
 def has_gradient(replay):
-    """Say which values are compared: softmax ignores a bias of the keys; AdamW divides noise by noise there."""
+    """Say which values are compared: softmax ignores biases of keys; AdamW divides noise by noise there."""
     factors = torch.ones(sum(part.numel() for part in replay.shared[: -len(replay.layout.whole)]))
     whole = [torch.full(shape.shape, float("key.bias" not in shape.name)) for shape in replay.layout.whole]
     return torch.cat([factors, flat_of(whole)])
