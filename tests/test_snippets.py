@@ -132,6 +132,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("RUN.toml", "mine.toml"):
         shutil.copy(run_file, folder / name)
     shutil.copy(folder / "data.csv", folder / "posts.csv")
+    for block in with_language("python"):
+        if "def build(setup):" in block.text:
+            (folder / "mytask.py").write_text(block.text)
     assert launch.run(run_file, [], folder / "runs/demo", False) == 0
     export(folder / "runs/demo", folder / "exported/adapter", merges=False)
     for name in ("runs/fedit", "runs/first", "DIR"):
@@ -172,7 +175,7 @@ def merged(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("block", with_language("toml"), ids=str)
-def test_run_files_are_accepted(block: Block) -> None:
+def test_run_files_are_accepted(block: Block, inside: Path) -> None:
     resolve_run(merged(support._parse(block.text)), {})
 
 
