@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from mpifedlora.cli.options import complete_packaged
+
 
 @click.group("data", epilog="\b\nExample:\n  mpifedlora data fetch 20newsgroups minilm")
 def command() -> None:
@@ -15,10 +17,18 @@ def command() -> None:
 
 
 @command.command("list", epilog="\b\nExample:\n  mpifedlora data list")
-def list_sources() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_sources(as_json: bool) -> None:
     """Show each source, whether it has been fetched, and where it is."""
+    import json
+
     from mpifedlora.io import data_fetch
 
+    if as_json:
+        click.echo(
+            json.dumps([one._asdict() | {"path": str(one.path)} for one in data_fetch.available()], indent=2)
+        )
+        return
     for name, kind, description, present, path in data_fetch.available():
         click.echo(f"{name:<14}{kind:<7}{'fetched' if present else 'not fetched':<13}{description}")
         if present:
@@ -26,7 +36,7 @@ def list_sources() -> None:
 
 
 @command.command("fetch", epilog="\b\nExample:\n  mpifedlora data fetch 20newsgroups minilm")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_packaged)
 def fetch_sources(names: tuple[str, ...]) -> None:
     """Fetch sources into the cache folder.
 

@@ -8,6 +8,7 @@ import traceback
 
 import click
 
+from mpifedlora.cli.options import prepare_completion
 from mpifedlora.errors import MpiFedLoraError, TrainingError
 
 VERBS = (
@@ -62,6 +63,7 @@ def entry() -> None:
 
 
 def _exit_code() -> int:
+    prepare_completion()
     try:
         result = main.main(prog_name="mpifedlora", standalone_mode=False)
     except TrainingError as error:

@@ -6,19 +6,15 @@ from pathlib import Path
 
 import click
 
+from mpifedlora.cli.options import settings_option
+
 
 @click.command(
     "plan",
     epilog="\b\nExample:\n  mpifedlora plan examples/newsgroups.toml --workers 4 --plot plan.png",
 )
 @click.argument("run_file", type=click.Path(path_type=Path))
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override one key of the run file (repeatable).",
-)
+@settings_option
 @click.option(
     "--workers",
     "num_workers",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mpifedlora.cli.options import settings_option
+
 
 @click.command(
     "run",
@@ -21,13 +23,7 @@ import click
     type=click.Path(path_type=Path),
     help="Folder for the results; one that holds a run already is refused.",
 )
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override one key of the run file (repeatable). The value is read as TOML, else as text.",
-)
+@settings_option
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @click.option(
     "--resume",

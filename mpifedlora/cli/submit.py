@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mpifedlora.cli.options import settings_option
+
 
 @click.command(
     "submit",
@@ -39,13 +41,7 @@ import click
     type=click.Path(path_type=Path),
     help="Folder for the results; a run in it is continued. By default runs/NAME-JOBID.",
 )
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override one key of the run file (repeatable).",
-)
+@settings_option
 @click.option(
     "--array",
     metavar="FILE",

@@ -129,6 +129,13 @@ def test_data_list(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_data_list_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MPIFEDLORA_CACHE", str(tmp_path))
+    sources = {one["name"]: one for one in json.loads(invoke("data", "list", "--json").output)}
+    assert sources["20newsgroups"]["present"] is False
+    assert sources["20newsgroups"]["path"] == str(tmp_path / "20newsgroups")
+
+
 def test_data_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(name: str, say: Callable[[str], None]) -> Path:
         say(f"{name} is in place")
