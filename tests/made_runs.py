@@ -40,6 +40,7 @@ def make_run(
     loses_clients: bool = False,
     accuracy: float = 0.6,
     bytes_each: int = 1_000_000,
+    metrics: tuple[str, ...] = (),
     info: dict[str, Any] | None = None,
     **tables: dict[str, Any],
 ) -> Path:
@@ -69,6 +70,7 @@ def make_run(
         "startup_s": 3.0,
         "module_names": tuple(f"encoder.layer.{i // 3}.part{i % 3}.dense" for i in range(num_modules)),
         "label_names": labels,
+        "metric_names": metrics,
         "label_table": generator.integers(0, 300, (num_clients, len(labels))),
         "created": "2026-01-02T03:04:05+00:00",
     }
@@ -116,6 +118,7 @@ def make_run(
                 eval_loss=2 - share if is_measured else math.nan,
                 eval_accuracy=measured,
                 eval_macro_f1=measured * 0.9,
+                eval_metrics=tuple(measured * 10 + place for place in range(len(metrics))),
             )
         )
     for text in events:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OUTCOMES = ("used", "absent", "late", "failed", "not finite", "above bound", "not chosen")
-_OUTCOME_COLORS = (COLORS[0], "#D9D9D9", COLORS[4], COLORS[1], "#7A2E00", COLORS[3], COLORS[2])
+# Of the figures' colours but for a hair, so that the page's dark style leaves them: the map is a picture.
+_OUTCOME_COLORS = ("#0073B2", "#D9D9D9", "#E6A000", "#D55F00", "#7A2E00", "#CC7AA7", "#009F73")
 
 
 def client_figures(results: Results) -> Iterator[RunFigure]:

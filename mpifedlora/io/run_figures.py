@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpifedlora.core.curves import (
+    Curve,
     Span,
     common_path,
     measured,
@@ -35,6 +36,7 @@ from mpifedlora.io.panels import (
     round_axis,
     shade_stages,
     share_axis,
+    shorten,
 )
 from mpifedlora.io.results import Results
 
@@ -47,7 +49,7 @@ def run_figures(results: Results) -> list[RunFigure]:
     """Return the figures that a run has something to say in, in the order of the page."""
     if not len(results.rounds["round_num"]):
         return []
-    parts = (_learning, _ranks, _traffic, _losses, client_figures, _time)
+    parts = (_learning, _metrics, _ranks, _traffic, _losses, client_figures, _time)
     return [figure for part in parts for figure in part(results)]
 
 
@@ -62,6 +64,30 @@ def _learning(results: Results) -> Iterator[RunFigure]:
             yield RunFigure(
                 f"{name}_by_{by}", f"{name} {words}".capitalize(), text, partial(draw, results, by)
             )
+
+
+def _metrics(results: Results) -> Iterator[RunFigure]:
+    for place, name in enumerate(results.info.metric_names):
+        curve = _metric(results, place)
+        if len(curve.values):
+            text = f"{name} by round: {curve.values[-1]:.4g} after round {curve.round_nums[-1]}."
+            yield RunFigure(
+                f"metric_{place}", f"{name} by round", text, partial(_draw_metric, results, place)
+            )
+
+
+def _metric(results: Results, place: int) -> Curve:
+    return measured({**results.rounds, "metric": results.rounds["eval_metrics"][:, place]}, "metric")
+
+
+def _draw_metric(results: Results, place: int, figure: Figure) -> None:
+    axes, curve = figure.subplots(), _metric(results, place)
+    draw_curve(axes, curve.round_nums, curve.values, COLORS[place % len(COLORS)])
+    round_axis(axes, results.rounds["round_num"])
+    shade_stages(axes, _spans(results))
+    if float(curve.values.min()) >= 0:
+        axes.set_ylim(0, float(curve.values.max()) * 1.08 or 1)
+    axes.set_ylabel(shorten(results.info.metric_names[place], 30))
 
 
 def _accuracy(results: Results, by: str, figure: Figure) -> None:
