@@ -41,6 +41,7 @@ def make_run(
     accuracy: float = 0.6,
     bytes_each: int = 1_000_000,
     metrics: tuple[str, ...] = (),
+    epsilon: float = math.nan,
     info: dict[str, Any] | None = None,
     **tables: dict[str, Any],
 ) -> Path:
@@ -118,6 +119,7 @@ def make_run(
                 eval_loss=2 - share if is_measured else math.nan,
                 eval_accuracy=measured,
                 eval_macro_f1=measured * 0.9,
+                epsilon=epsilon * round_num,
                 eval_metrics=tuple(measured * 10 + place for place in range(len(metrics))),
             )
         )

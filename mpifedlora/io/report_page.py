@@ -14,7 +14,7 @@ from mpifedlora.core.units import human_bytes, human_time
 from mpifedlora.io.figures import COLORS
 from mpifedlora.io.html import Html, element, join, safe, table
 from mpifedlora.io.panels import RunFigure
-from mpifedlora.io.report_config import config_section, formula_section, num_planned_rounds
+from mpifedlora.io.report_config import config_section, config_tables, formula_section, num_planned_rounds
 from mpifedlora.io.results import Results
 from mpifedlora.io.run_figures import has_ranks
 
@@ -115,6 +115,13 @@ def _facts(results: Results) -> Iterator[tuple[str, ...]]:
         human_time(spent),
         "" if numbers.isnan(started) else f"and {human_time(started)} to start",
     )
+    spent_epsilon = rounds["epsilon"][-1:]
+    if finished and not np.isnan(spent_epsilon[0]):
+        delta = config_tables(results.info).get("privacy", {}).get("delta", "?")
+        words = (
+            f"at delta {delta}" if results.info.is_private else "not private: the noise is seeded, or none"
+        )
+        yield "epsilon", f"{spent_epsilon[0]:.3g}", words
     yield "clients", str(results.info.num_clients), f"on {results.info.num_workers} workers"
 
 

@@ -170,11 +170,13 @@ def test_a_new_run_in_the_folder_takes_the_old_report_away(tmp_path: Path) -> No
 
 
 def test_one_round_one_module_and_metrics_of_the_tasks_own(tmp_path: Path) -> None:
+    few = {"num_rounds": 1, "num_modules": 1, "num_clients": 1}
     metrics = ("perplexity", "$exact_<b>")
-    report = write_report(make_run(tmp_path, num_rounds=1, num_modules=1, num_clients=1, metrics=metrics))
+    report = write_report(make_run(tmp_path, **few, metrics=metrics, epsilon=1.25, info={"is_private": True}))
     assert {"accuracy_by_bytes", "metric_0", "metric_1"} <= check_figures(report)
     text = read_page(report).text
     assert "1 of 1" in text
+    assert "epsilon1.25at delta 1e-05" in text
     assert "perplexity by round: 5.701 after round 1." in text
     assert "$exact_<b> by round: 6.701" in text
 
