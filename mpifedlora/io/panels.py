@@ -95,6 +95,15 @@ def byte_axis(axes: Axes, largest: float) -> float:
     return size
 
 
+def rank_axis(axes: Axes, largest: float) -> None:
+    """Make the y axis one of mean LoRA ranks, from 0."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.set_ylim(0, largest * 1.1)
+    axes.set_ylabel("mean LoRA rank")
+
+
 def share_axis(axes: Axes, values: Any, name: str) -> None:
     """Make the y axis one of shares, from 0; a little air above the highest."""
     highest = float(np.max(values)) if len(values) else 0.0

@@ -33,6 +33,7 @@ from mpifedlora.io.panels import (
     label_ends,
     legend_above,
     name_rows,
+    rank_axis,
     round_axis,
     shade_stages,
     share_axis,
@@ -168,8 +169,7 @@ def _rank(results: Results, figure: Figure) -> None:
         low, high = ranks.min(axis=1), ranks.max(axis=1)
         lower.fill_between(round_nums, low, high, color=COLORS[0], alpha=0.2, linewidth=0, label="min to max")
         lower.legend(loc="best", fontsize="small")
-    lower.set_ylim(0, float(ranks.max()) * 1.1)
-    lower.set_ylabel("mean LoRA rank")
+    rank_axis(lower, float(ranks.max()))
 
 
 def _module_ranks(results: Results, figure: Figure) -> None:
@@ -312,5 +312,4 @@ def _rank_alone(results: Results, figure: Any) -> None:
     draw_curve(axes, results.rounds["round_num"], ranks, COLORS[0])
     round_axis(axes, results.rounds["round_num"])
     shade_stages(axes, _spans(results))
-    axes.set_ylim(0, float(ranks.max()) * 1.1)
-    axes.set_ylabel("mean LoRA rank")
+    rank_axis(axes, float(ranks.max()))
