@@ -64,7 +64,7 @@ class CheckpointStore:
                 "free space or restore the folder: those written before are untouched, and the next round is "
                 "tried again"
             )
-            raise refusal("checkpoints must be writable", error, path, todo) from error
+            raise refusal("checkpoints must be writable", error, self._folder, todo) from error
         for _, old in self._files()[self._keep :]:
             with suppress(OSError):
                 old.unlink(missing_ok=True)

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from mpifedlora.errors import ConfigError
-from mpifedlora.io.atomic import replace_file
+from mpifedlora.errors import CheckpointError, ConfigError
+from mpifedlora.io.atomic import refusal, replace_file
 
 RESULTS_FILE = "results.h5"
 RUN_FILE = "run.toml"
@@ -80,6 +80,35 @@ def prepare_output_folder(out: Path, run_file_text: str, *, resumes: bool = Fals
         ) from error
 
 
+def hold_output_folder(out: Path, run_file_text: str, lock: FolderLock) -> bool:
+    """Make sure that a run's folder is still there, and still its own; one that was removed is made again.
+
+    Args:
+        out: the folder; what it lies in must be there.
+        run_file_text: of the resolved configuration, without which the run could not be resumed.
+        lock: of the folder.
+
+    Returns:
+        Whether it had to be made again.
+
+    Raises:
+        CheckpointError: if another run has taken the folder, or it cannot be made.
+    """
+    try:
+        lock.keep()
+        if (out / RUN_FILE).exists():
+            return False
+        out.mkdir(exist_ok=True)
+        lock.keep()
+        replace_file(out / RUN_FILE, run_file_text.encode())
+    except ConfigError as error:
+        raise CheckpointError(f"nothing is saved any more: {error}") from error
+    except OSError as error:
+        todo = "restore the folder or make it writable: nothing is saved until then, and all of it after that"
+        raise refusal("--out must be writable", error, out, todo) from error
+    return True
+
+
 def left_behind(out: Path) -> dict[str, str]:
     """Return what a run has left in its folder for its user: name to path, in the order to show."""
     names = (RESULTS_FILE, ADAPTER_FOLDER, CLIENT_ADAPTERS_FOLDER, BASE_FOLDER, RUN_FILE)
@@ -126,11 +155,23 @@ class FolderLock:
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._file = file
 
+    def keep(self) -> None:
+        """Take the lock again where its folder was removed.
+
+        Raises:
+            ConfigError: if another process has taken it since.
+        """
+        if self._file >= 0 and not _is_still_there(self._file, self._path):
+            os.close(self._file)
+            self._file = -1
+        self.take()
+
     def release(self) -> None:
         """Let others in."""
         if self._file >= 0:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
+            if _is_still_there(self._file, self._path):  # else it is another run's by now
+                with suppress(OSError):
+                    self._path.unlink(missing_ok=True)
             os.close(self._file)
         self._file = -1
 

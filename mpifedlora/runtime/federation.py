@@ -23,6 +23,7 @@ from mpifedlora.io.output_folder import (
     CHECKPOINTS_FOLDER,
     RESULTS_FILE,
     FolderLock,
+    hold_output_folder,
     prepare_output_folder,
 )
 from mpifedlora.io.process import available_bytes, seconds_since_start
@@ -95,7 +96,8 @@ def conduct(
     config = resolved.config
     progress = [Progress(config.federation.num_rounds)] if start.shows_progress else []
     callbacks = Callbacks([*progress, *start.callbacks])
-    prepare_output_folder(out, write_run_file(config), resumes=start.resumable is not None)
+    run_file = write_run_file(config)
+    prepare_output_folder(out, run_file, resumes=start.resumable is not None)
     start.lock.take()
     reduces = choose_collect(config, replica.model.shapes, available_bytes()) == "reduce"
     switches = _switches(config, replica, transport, reduces=reduces)
@@ -117,7 +119,7 @@ def conduct(
         writer.set_baselines(server.baselines())
     lines = (*first_lines(resolved, info, model.shapes.full().num_values, out), *_resumed(rows))
     run = Run(out, config, info, writer.rows, lines, start.interruption.ask)
-    saver = _Saver(callbacks)
+    saver = _Saver(callbacks, partial(hold_output_folder, out, run_file, start.lock))
     checkpointer = _checkpointer(out, config, replica, coordinator)
     try:
         callbacks.on_start(run)
@@ -156,15 +158,25 @@ def _checkpointer(out: Path, config: RunConfig, replica: Replica, coordinator: C
 
 
 class _Saver:
-    """Writes, and tells a failure once instead of ending the run."""
+    """Writes, and tells a failure once instead of ending the run.
 
-    def __init__(self, callbacks: Callbacks) -> None:
-        self.callbacks = callbacks
+    Args:
+        callbacks: who is told.
+        hold: sees to it that the run's folder is there, and says whether it had to make it again.
+    """
+
+    def __init__(self, callbacks: Callbacks, hold: Callable[[], bool]) -> None:
+        self.callbacks, self.hold = callbacks, hold
         self.last_failure = ""
 
     def attempt(self, write: Callable[[], None]) -> bool:
         """Say whether it was written."""
         try:
+            if self.hold():
+                lost = (
+                    "the run's folder was removed, and is made again: results hold every round, checkpoints"
+                )
+                self.callbacks.on_warning(f"{lost} begin anew")
             write()
         except CheckpointError as error:
             if str(error) != self.last_failure:
