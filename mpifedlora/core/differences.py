@@ -9,6 +9,7 @@ Tables = Mapping[str, Mapping[str, Any]]
 
 CHANGES_NO_NUMBER = (
     "checkpoint.",
+    "tracking.",
     "faults.policy",
     "faults.worker_timeout_s",
     "transport.pipeline",

@@ -25,6 +25,7 @@ from mpifedlora.core.sections import (
     Section,
     Seed,
     TaskConfig,
+    TrackingConfig,
     TransportConfig,
 )
 
@@ -285,6 +286,7 @@ class RunTables(Section):
     transport: TransportConfig = TransportConfig()  # type: ignore[call-arg]
     checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     faults: FaultsConfig = FaultsConfig()  # type: ignore[call-arg]
+    tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
 
 
 def default_of(key: str) -> Any:

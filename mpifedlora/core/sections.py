@@ -318,3 +318,26 @@ class FaultsConfig(Section):
         description="Under `next-round` an update that began s rounds ago counts (1 + s)^-late_exponent "
         "times; 0: as much as any other.",
     )
+
+
+Tool = Literal["tensorboard", "mlflow", "wandb"]
+
+
+class TrackingConfig(Section):
+    """`[tracking]`: experiment trackers that the server's process tells of the run."""
+
+    tool: Literal["none"] | Tool | list[Tool] = Field(
+        "none",
+        description="`tensorboard`, `mlflow`, `wandb`, or a list of them; each writes to `tracking/` in the "
+        "run's folder, without a network. Needs the tool's package: see docs/trackers.md.",
+    )
+    project: str = Field(
+        "mpifedlora", min_length=1, description="Experiment (MLflow) or project (wandb) of the run."
+    )
+
+    @property
+    def tools(self) -> list[Tool]:
+        """Return the trackers, each once."""
+        if self.tool == "none":
+            return []
+        return list(dict.fromkeys(self.tool if isinstance(self.tool, list) else [self.tool]))

@@ -28,6 +28,7 @@ class Run:
         rows: the rounds that it goes on from; empty where it starts anew.
         announcement: what the terminal shows first, one line each.
         stop: see `Federation.stop`.
+        warn: tells all callbacks, and `/events` of the results.
     """
 
     out: Path
@@ -36,6 +37,7 @@ class Run:
     rows: tuple[RoundRow, ...]
     announcement: tuple[str, ...]
     stop: Callable[[], None]
+    warn: Callable[[str], None]
 
 
 class Outcome(NamedTuple):

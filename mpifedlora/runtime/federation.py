@@ -41,6 +41,7 @@ from mpifedlora.runtime.progress import Progress
 from mpifedlora.runtime.resuming import Resumable
 from mpifedlora.runtime.server import Server
 from mpifedlora.runtime.setup import Replica
+from mpifedlora.runtime.tracking import Tracking
 from mpifedlora.transport.base import ServerTransport
 
 EXIT_OK, EXIT_NOT_SAVED = 0, 1
@@ -95,7 +96,7 @@ def conduct(
     """
     config = resolved.config
     progress = [Progress(config.federation.num_rounds)] if start.shows_progress else []
-    callbacks = Callbacks([*progress, *start.callbacks])
+    callbacks = Callbacks([*progress, *map(Tracking, config.tracking.tools), *start.callbacks])
     run_file = write_run_file(config)
     prepare_output_folder(out, run_file, resumes=start.resumable is not None)
     start.lock.take()
@@ -113,12 +114,17 @@ def conduct(
     writer = ResultsWriter(out / RESULTS_FILE, info, rows, events)
     if rows:
         writer.note(f"resumed after round {rows[-1].round_num}")
-    server = _server(config, coordinator, replica, transport, callbacks, start, writer)
+
+    def warn(text: str) -> None:
+        callbacks.on_warning(text)
+        writer.note(text)
+
+    server = _server(config, coordinator, replica, transport, callbacks, start, warn)
     if start.resumption is not None:
         start.resumption.restore(server)
         writer.set_baselines(server.baselines())
     lines = (*first_lines(resolved, info, model.shapes.full().num_values, out), *_resumed(rows))
-    run = Run(out, config, info, writer.rows, lines, start.interruption.ask)
+    run = Run(out, config, info, writer.rows, lines, start.interruption.ask, warn)
     saver = _Saver(callbacks, partial(hold_output_folder, out, run_file, start.lock))
     checkpointer = _checkpointer(out, config, replica, coordinator)
     try:
@@ -213,12 +219,8 @@ def _server(
     transport: ServerTransport,
     callbacks: Callbacks,
     start: Start,
-    writer: ResultsWriter,
+    warn: Callable[[str], None],
 ) -> Server:
-    def warn(text: str) -> None:
-        callbacks.on_warning(text)
-        writer.note(text)
-
     return Server(
         coordinator,
         transport,

@@ -22,6 +22,7 @@ from mpifedlora.errors import ConfigError
 from mpifedlora.io.datasets import Dataset
 from mpifedlora.io.model_files import check_model_folder, check_targets, model_path
 from mpifedlora.io.tables import Examples
+from mpifedlora.io.trackers import check_trackers
 from mpifedlora.runtime.building import build_model, build_task
 from mpifedlora.runtime.data import FederatedData, check_data
 from mpifedlora.runtime.method import carried_progress
@@ -38,13 +39,14 @@ def check_inputs(config: RunConfig) -> None:
     """Find in milliseconds what is wrong with data source and model.
 
     Raises:
-        ConfigError: if privacy is asked for and its accountant is not installed.
+        ConfigError: if privacy or a tracker is asked for and its package is not installed.
         DataError: see `mpifedlora.runtime.data.check_data`.
         AdapterError: see `mpifedlora.io.adapter_files.check_model_folder`.
     """
     check_data(config)
     path = model_path(config.model.name)
     check_model_folder(path)
+    check_trackers(config.tracking.tools)
     if config.privacy.clip_norm is not None:
         from mpifedlora.core.privacy import spent_epsilon
 
