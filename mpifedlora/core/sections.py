@@ -320,13 +320,13 @@ class FaultsConfig(Section):
     )
 
 
-Tool = Literal["tensorboard", "mlflow", "wandb"]
+Tool = Literal["none", "tensorboard", "mlflow", "wandb"]
 
 
 class TrackingConfig(Section):
     """`[tracking]`: experiment trackers that the server's process tells of the run."""
 
-    tool: Literal["none"] | Tool | list[Tool] = Field(
+    tool: Tool | list[Tool] = Field(
         "none",
         description="`tensorboard`, `mlflow`, `wandb`, or a list of them; each writes to `tracking/` in the "
         "run's folder, without a network. Needs the tool's package: see docs/trackers.md.",
@@ -338,6 +338,5 @@ class TrackingConfig(Section):
     @property
     def tools(self) -> list[Tool]:
         """Return the trackers, each once."""
-        if self.tool == "none":
-            return []
-        return list(dict.fromkeys(self.tool if isinstance(self.tool, list) else [self.tool]))
+        named = self.tool if isinstance(self.tool, list) else [self.tool]
+        return [tool for tool in dict.fromkeys(named) if tool != "none"]

@@ -138,7 +138,8 @@ def _describe_option(schema: Schema) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(json.dumps(value) for value in schema["enum"])
     if schema["type"] == "array":
-        bounds, kind = describe_bounds(schema["items"]), _ITEMS[schema["items"]["type"]]
+        items = schema["items"]
+        bounds, kind = describe_bounds(items), "these" if "enum" in items else _ITEMS[items["type"]]
         return (
             f"a list of {kind}" + f", each {bounds}" * bool(bounds) + ", not empty" * ("minItems" in schema)
         )
