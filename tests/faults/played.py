@@ -34,6 +34,7 @@ NUM_CLIENTS, NUM_ROUNDS = 6, 4
 WIRE = WireFormat()
 RESUME = "resume it with THIS"
 LONG_S = 60.0
+SHARED_BYTES = 10**6
 
 
 def make_shapes(num_values):
@@ -237,6 +238,9 @@ def main():
     endpoint.open(shapes, NUM_CLIENTS, WIRE, part_bytes=1)
     deaths = Deaths("server" if endpoint.is_server else str(endpoint.worker_id), texts)
     try:
+        deaths.meet("share")
+        shared = endpoint.share(bytes(SHARED_BYTES) if endpoint.is_server else b"")
+        assert shared == bytes(SHARED_BYTES)
         if endpoint.is_server:
             Conductor(endpoint, shapes, how, deaths).run()
         else:

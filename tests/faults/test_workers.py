@@ -120,6 +120,15 @@ def test_the_last_worker_ends_the_run(tmp_path):
     assert "at least one worker must live, but the last has died; resume it with THIS" in job.text
 
 
+@pytest.mark.parametrize("who", ["1", "server"])
+def test_who_dies_while_the_checkpoint_is_shared_out_ends_the_job(tmp_path, who):
+    with Job(tmp_path, 4, "rows", "50", "60", f"share:0:{who}") as job:
+        assert job.wait() == EXIT_RESUMABLE, job.text
+    assert "Traceback" not in job.text
+    name = "the server" if who == "server" else "worker 1"
+    assert re.search(rf"{name}.* has died.*; resume it with THIS", job.text), job.text
+
+
 @pytest.mark.parametrize("where", ["while workers wait", "while workers compute"])
 def test_a_dead_server_ends_its_workers(tmp_path, where):
     busy = [f"training:2:{each}:sleeps" for each in range(3)] if where == "while workers compute" else []
