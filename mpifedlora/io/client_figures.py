@@ -20,6 +20,7 @@ from mpifedlora.io.panels import (
     thinned,
 )
 from mpifedlora.io.results import Results
+from mpifedlora.io.results_schema import RunInfo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 _OUTCOMES = ("used", "absent", "late", "failed", "not finite", "above bound", "not chosen")
 # Of the figures' colours but for a hair, so that the page's dark style leaves them: the map is a picture.
 _OUTCOME_COLORS = ("#0073B2", "#D9D9D9", "#E6A000", "#D55F00", "#7A2E00", "#CC7AA7", "#009F73")
+
+
+def client_labels(info: RunInfo) -> list[str]:
+    """Return what each client is called: its id, and its name where it has one."""
+    if not info.client_names:
+        return [str(client_id) for client_id in range(info.num_clients)]
+    return [f"{client_id} {name}" for client_id, name in enumerate(info.client_names)]
 
 
 def client_figures(results: Results) -> Iterator[RunFigure]:
@@ -52,7 +60,7 @@ def client_figures(results: Results) -> Iterator[RunFigure]:
 def _labels(results: Results, figure: Figure) -> None:
     axes, table, names = figure.subplots(), results.info.label_table, results.info.label_names
     image = draw_map(axes, table, None, cmap="cividis", vmin=0)
-    name_rows(axes, [str(client_id) for client_id in range(len(table))], most=30)
+    name_rows(axes, client_labels(results.info), most=30)
     places = thinned(len(names), 40)
     size = "x-small" if len(places) > 10 else "small"
     axes.set_xticks(places, [shorten(names[place], 22) for place in places], rotation=90, fontsize=size)
@@ -85,7 +93,7 @@ def _outcomes(results: Results, figure: Figure) -> None:
     options = {"cmap": ListedColormap(_OUTCOME_COLORS), "vmin": -0.5, "vmax": len(_OUTCOMES) - 0.5}
     draw_map(axes, codes.T, results.rounds["round_num"], **options)
     round_axis(axes, results.rounds["round_num"])
-    name_rows(axes, [str(client_id) for client_id in range(results.info.num_clients)], most=30)
+    name_rows(axes, client_labels(results.info), most=30)
     axes.set_ylabel("client")
     present = [code for code in range(len(_OUTCOMES)) if (codes == code).any()]
     patches = [Patch(color=_OUTCOME_COLORS[code], label=_OUTCOMES[code]) for code in present]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpifedlora.core.curves import measured, summarise_clients
 from mpifedlora.core.units import human_bytes, human_time
+from mpifedlora.io.client_figures import client_labels
 from mpifedlora.io.figures import COLORS
 from mpifedlora.io.html import Html, element, join, safe, table
 from mpifedlora.io.panels import RunFigure
@@ -183,11 +184,11 @@ def inline_svg(svg: str, name: str, text: str) -> Html:
 
 def _clients(results: Results) -> Html:
     info = results.info
-    rows = []
+    rows, names = [], client_labels(info)
     for one in summarise_clients(results.clients, info.label_table):
         others = ", ".join(f"{name} {count}" for name, count in one.others.items()) or "-"
         rows.append((
-            one.client_id,
+            names[one.client_id],
             one.num_examples or "-",
             f"{one.num_used} of {len(results.rounds['round_num'])}",
             _number(one.last_loss),
@@ -208,7 +209,7 @@ def _clients(results: Results) -> Html:
         "Examples are the client's training examples, the loss is that of its last update that was used. "
         "Left out: how often an update was not used, and why (an absence does not count)."
     )
-    made = table(head, rows, numeric=range(6))
+    made = table(head, rows, numeric=range(1 if info.client_names else 0, 6))
     if len(rows) > _LONG_TABLE:
         made = element("div", made, class_="tall")
     return join([made, element("p", words, class_="quiet")])

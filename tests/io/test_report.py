@@ -27,6 +27,7 @@ HOSTILE = {
     "info": {
         "dataset": EVIL,
         "model": "$\\frac{1}$ & <b>",
+        "client_names": ("<script>alert(3)</script>", "$x", "c.jsonl", "d"),
         "mpi_library": "<iframe src='//evil.example'>",
         "devices": ("<a href='javascript:alert(1)'>x</a>",) * 3,
         "module_names": ("<svg onload=alert(1)>", "$\\bad{", "x'y\""),
@@ -229,7 +230,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
 def test_hostile_names_are_text(hostile: Report) -> None:
     check_figures(hostile)
     page = read_page(hostile)
-    for text in (EVIL, HOSTILE["events"][0], "</td><script>alert(2)</script>"):  # type: ignore[index]
+    for text in (EVIL, HOSTILE["events"][0], "</td><script>alert(2)</script>", "0 <script>alert(3)</script>"):  # type: ignore[index]
         assert text in page.text, text
 
 
