@@ -48,7 +48,9 @@ RUN_HERE = (
 )
 # Programs that are not ours, and whose arguments are no files of ours.
 OTHERS = {
-    **dict.fromkeys(("cd", "chmod", "export", "mkdir", "printf", "cp", ".", "ls", "cat"), "the shell's own"),
+    **dict.fromkeys(
+        ("cd", "chmod", "export", "mkdir", "printf", "cp", ".", "ls", "cat", "eval"), "the shell's own"
+    ),
     **dict.fromkeys(("squeue", "scancel", "srun", "sinfo"), "Slurm's own, as its manual has it"),
     "module": "the site's own names",
     "apptainer": "cannot be installed where the tests run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class Speed:
         evaluate_s: of one whole measurement, from some batches of it.
         num_evaluated: examples that were measured for it.
         aggregate_s: of one round's SVDs at the full rank, from one module of each shape.
+        load: processes that wanted a core of this machine in the last minute, on average.
     """
 
     device: str
@@ -53,6 +55,12 @@ class Speed:
     evaluate_s: float
     num_evaluated: int
     aggregate_s: float
+    load: float
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether others wanted this machine's cores too."""
+        return self.load > self.num_cores + 0.5
 
     def step_s(self, scope: str, lora_rank: float) -> float:
         """Return the seconds of a local step; between the ranks measured, on the line between them."""
@@ -101,6 +109,7 @@ def calibrate(
         evaluate_s=evaluate_s,
         num_evaluated=num_evaluated,
         aggregate_s=_time_svds(switches, plans, replica),
+        load=os.getloadavg()[0],
     )
 
 

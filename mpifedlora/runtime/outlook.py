@@ -204,7 +204,9 @@ def _look_ahead(
     config = resolved.config
     sizes = data.sizes
     hides_cohorts = config.federation.sampling == "poisson" and has_private_noise(config)
-    switches = build_switches(_everybody(config) if hides_cohorts else config, sizes, num_workers)
+    # Where each client has a file, and all workers see all of them, the files are shared out in turn.
+    pins = [client_id % num_workers for client_id in range(len(sizes))] if data.pins else []
+    switches = build_switches(_everybody(config) if hides_cohorts else config, sizes, num_workers, pins=pins)
     is_late = config.faults.round_deadline_s is not None
     rounds = forecast(switches, shapes, hides_cohorts=hides_cohorts, may_leave_out=is_late)
     is_exact = all(one.is_exact for one in rounds)

@@ -205,6 +205,9 @@ def _time_cells(outlook: Outlook) -> Iterator[tuple[str, str]]:
         for r, seconds in pairs
     ]
     yield "", f"measured on {speed.device}: {', '.join(points)} ({speed.num_steps} steps timed)"
+    if speed.is_disturbed:
+        busy = f"{speed.load:.0f} processes on {speed.num_cores} cores"
+        yield "", f"this machine was busy with other work ({busy}): quiet it is faster"
     yield (
         "",
         (
