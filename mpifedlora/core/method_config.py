@@ -37,7 +37,7 @@ Capacity = Annotated[float, Field(gt=0, le=1)]
 
 
 class LoraSection(Section):
-    """`[lora]`: the adapter. Its scaling alpha / rank_max is constant over the whole run."""
+    """`[lora]`: the adapter. Its scaling is constant over the whole run."""
 
     rank_max: PositiveInt = Field(16, description="LoRA rank that annealing starts from.")
     rank_min: PositiveInt = Field(2, description="LoRA rank that cooling ends at.")
@@ -53,6 +53,12 @@ class LoraSection(Section):
         "capacity * rank_max, at least 1; a shorter list is repeated.",
     )
     alpha: Positive = Field(32.0, description="Numerator of the scaling alpha / rank_max.")
+    use_rslora: bool = Field(
+        False, description="Scaling alpha / sqrt(rank_max) instead (rsLoRA, arXiv 2312.03732)."
+    )
+    use_dora: bool = Field(
+        False, description="Refused: DoRA's magnitudes (arXiv 2402.09353) survive no exact sum and no cut."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: list[str] | str = Field(
         "all-linear",
@@ -194,6 +200,16 @@ class TrainingConfig(Section):
         None, description="Passes over the client's examples instead; 1 if neither is given."
     )
     batch_size: PositiveInt = Field(16, description="Examples per step.")
+    accumulation_steps: PositiveInt = Field(
+        1,
+        description="Parts that a step's batch is computed in, one after another: the same gradient with less "
+        "memory.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep only the inputs of the model's layers, and compute the rest again in the "
+        "backward pass: the same gradients with less memory and more time.",
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Fresh at each round's start.")
     learning_rate: Positive = Field(4e-3, description="Step size where the adapter is trained.")
     full_learning_rate: Positive = Field(

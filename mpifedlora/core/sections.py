@@ -66,6 +66,12 @@ class DataConfig(Section):
         description="Column with the label (text or integer); `label` by default where the task has labels. "
         "Any other task may name one too: `dirichlet` and `shards` share out by it.",
     )
+    prompt_column: str = Field("prompt", description="Column with the prompt, under `causal-lm`.")
+    response_column: str = Field("response", description="Column with the response, under `causal-lm`.")
+    messages_column: str | None = Field(
+        None,
+        description="Column with a whole conversation instead, a list of {role, content}, under `causal-lm`.",
+    )
     columns: list[str] | None = Field(
         None,
         min_length=1,
@@ -141,8 +147,18 @@ class TaskConfig(Section):
 
     name: str = Field(
         "classification",
-        description="`classification`: one label a text; or `FILE.py:FUNCTION`: a task of your own (its code "
-        "runs in every process).",
+        description="`classification`: one label a text; `causal-lm`: a language model learns responses to "
+        "prompts; or `FILE.py:FUNCTION`: a task of your own (its code runs in every process).",
+    )
+    template: Literal["auto", "plain"] = Field(
+        "auto",
+        description="How `causal-lm` writes prompts and responses. `auto`: by the tokenizer's chat template, "
+        "where it has one; `plain`: one line a turn.",
+    )
+    packing: bool = Field(
+        False,
+        description="Under `causal-lm`: put several examples of a batch into one row of up to "
+        "data.max_length tokens, each of which sees only itself. The same losses with less padding.",
     )
     sha256: str | None = Field(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from mpifedlora.core.method_config import RunTables
-from mpifedlora.core.refusals import bars, refuse, switch
+from mpifedlora.core.refusals import bars, needs, refuse, switch
 from mpifedlora.core.tasks import BUILT_IN, is_own, label_column
 
 
@@ -33,4 +33,21 @@ def _labels_are_there(config: RunTables) -> None:
         )
 
 
-TASK_RULES = (_task_is_known, _labels_are_there)
+def _packing_has_rows(config: RunTables) -> None:
+    if config.task.name != "causal-lm":
+        subject = switch(config, "task.packing")
+        needs(config, f'task.name = "{config.task.name}"', "task.packing", False, why=_LANGUAGE)
+        needs(config, subject, "task.template", "auto", why=_LANGUAGE)
+        bars(config, f'task.name = "{config.task.name}"', "data.messages_column", _LANGUAGE)
+
+
+def _dora_is_not_exact(config: RunTables) -> None:
+    why = (
+        "its layers are m * (W + s B A) / |W + s B A|, which is not linear in B A: neither the exact sum of "
+        "clients nor a cut by SVD keeps what they compute"
+    )
+    needs(config, "an adapter that is aggregated and cut", "lora.use_dora", False, why=why)
+
+
+_LANGUAGE = "only a language model reads prompts and responses"
+TASK_RULES = (_task_is_known, _labels_are_there, _packing_has_rows, _dora_is_not_exact)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from mpifedlora.core.sections import DataConfig, TaskConfig
 
-BUILT_IN = ("classification",)
+BUILT_IN = ("classification", "causal-lm")
 """Names of the tasks that come with the package."""
 
 
@@ -30,7 +30,11 @@ def value_columns(task: TaskConfig, data: DataConfig) -> Mapping[str, str]:
     """
     if is_own(task.name) and data.columns is not None:
         return {column: column for column in data.columns}
-    return {"text": data.text_column}
+    if task.name != "causal-lm":
+        return {"text": data.text_column}
+    if data.messages_column is not None:
+        return {"messages": data.messages_column}
+    return {"prompt": data.prompt_column, "response": data.response_column}
 
 
 def label_column(task: TaskConfig, data: DataConfig) -> str | None:

@@ -23,6 +23,8 @@ PACKAGED_TEXTS = tuple(name for name, entry in PACKAGED.items() if entry.kind ==
 
 Rows = Generator[tuple[Any, ...], None, None]
 
+_NAMED = ("text", "prompt", "response", "messages")  # what has an option of its own
+
 
 class Columns(NamedTuple):
     """Names of the columns to read.
@@ -40,7 +42,7 @@ class Columns(NamedTuple):
     def wanted(self) -> list[tuple[str, str]]:
         """Pair each option with the column that it names, in the order of a row's values."""
         pairs = [
-            ("columns" if column == name != "text" else f"{name}_column", column)
+            (f"{name}_column" if name in _NAMED else "columns", column)
             for name, column in self.values.items()
         ]
         keys = (("label_column", self.label), ("partition_column", self.owner))

@@ -169,7 +169,25 @@ def _value(value: Any) -> Any:
     return _encodable(value) if isinstance(value, str) else value
 
 
-_CLEANERS: Mapping[str, Callable[[Any], Any]] = {"text": _text, IMAGE: to_pixels}
+def _messages(value: Any) -> str:
+    """Return a conversation as JSON: a list of {role, content} that holds an answer."""
+    try:
+        turns = json.loads(value) if isinstance(value, str) else list(value)
+        plain = [{"role": _text(turn["role"]), "content": _text(turn["content"])} for turn in turns]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"messages must be a list of {{role, content}}, got {value!r}") from error
+    if not any(turn["role"] == "assistant" for turn in plain):
+        raise ValueError(f"messages must hold a turn of the role assistant, got {value!r}")
+    return json.dumps(plain)
+
+
+_CLEANERS: Mapping[str, Callable[[Any], Any]] = {
+    "text": _text,
+    "prompt": _text,
+    "response": _text,
+    "messages": _messages,
+    IMAGE: to_pixels,
+}
 
 
 def _key(value: Any, what: str) -> str:

@@ -44,6 +44,8 @@ def build_task(config: RunConfig, label_names: Sequence[str], device: str = "cpu
         head=model.head,
         dtype=model.dtype,
         dropout=model.dropout,
+        template=config.task.template,
+        packing=config.task.packing,
         options=config.task.options,
         cache=cached_tokens,
     )
@@ -74,13 +76,19 @@ def build_model(config: RunConfig, base: BaseModel, device: str = "cpu") -> Fede
     from mpifedlora.training.models import FederatedModel
 
     lora = config.lora
-    return FederatedModel(
+    model = FederatedModel(
         base,
         rank_max=lora.rank_max,
         alpha=lora.alpha,
+        use_rslora=lora.use_rslora,
         dropout=lora.dropout,
         target_modules=lora.target_modules,
         modules_to_save=lora.modules_to_save,
         device=device,
         seed=config.federation.seed,
     )
+    if config.training.gradient_checkpointing:
+        model.checkpoint_activations()
+    if config.training.compile:
+        model.compile()
+    return model

@@ -99,8 +99,6 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
 
     base, task = build_task(config, data.dataset.label_names, device)
     model = build_model(config, base, device)
-    if config.training.compile:
-        model.compile()
     memory = Memory(ClientStore(states_folder))
     training = config.training
     return Replica(
@@ -123,6 +121,7 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
             clip_norm=config.privacy.clip_norm,
             batching=training.batching,
             carried=carried_progress(config),
+            accumulation_steps=training.accumulation_steps,
         ),
     )
 

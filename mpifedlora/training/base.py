@@ -23,10 +23,17 @@ Module = nn.Module
 
 
 class BaseModel(NamedTuple):
-    """A base model and the names of the modules that make its task head."""
+    """A base model, and names of modules in it.
+
+    Args:
+        module: called with a batch's inputs, it returns something with `logits`.
+        head_names: of the modules that make the task head, which are trained whole.
+        fixed_names: of modules that no adapter is put on.
+    """
 
     module: nn.Module
     head_names: tuple[str, ...]
+    fixed_names: tuple[str, ...] = ()
 
 
 class Logits(NamedTuple):
@@ -93,7 +100,7 @@ def build_base(
     Args:
         name: folder, or hub name.
         num_labels: classes.
-        head: `mean_pooling`, `stock` or `auto` (see `[model] head`).
+        head: `mean_pooling`, `stock` or `auto` (see `[model] head`), or `causal-lm`.
         dtype: of the base weights; the head is float32.
         dropout: probability in all of the model's dropout layers; None leaves them as they are.
         seed: of the head's initial weights.
@@ -112,6 +119,7 @@ def build_base(
             f"model.name must be a pre-trained model that transformers can load, got {name} ({reason}); "
             'give a folder with config.json and weights, a hub name, or "minilm"'
         ) from error
+    conv1ds_to_linears(base.module)
     for head_name in base.head_names:
         base.module.get_submodule(head_name).float().register_forward_pre_hook(_to_float32)
     if dropout is not None:
@@ -203,8 +211,73 @@ def _head_names(model: nn.Module, fresh: set[str]) -> set[str]:
     return {name for name in on_top if name.endswith(tuple(fresh))} if fresh else on_top
 
 
+def _causal_lm(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model.config.use_cache = False  # training would fill it for nothing
+    output = model.get_output_embeddings()
+    return BaseModel(model, (), tuple(each for each, module in model.named_modules() if module is output))
+
+
+def conv1ds_to_linears(module: nn.Module) -> None:
+    """Put linear layers in the place of GPT-2's Conv1D, which are linear layers with the weight transposed.
+
+    The adapter of the one is the adapter of the other.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for name, conv in [pair for pair in module.named_modules() if isinstance(pair[1], Conv1D)]:
+        linear = nn.Linear(1, 1)
+        linear.out_features, linear.in_features = conv.weight.shape[1], conv.weight.shape[0]
+        _replace(module, name, _transposed(conv, linear))
+
+
+def linears_to_conv1ds(module: Any) -> None:
+    """Undo `conv1ds_to_linears` in a model of transformers', so that it is written as it is read."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        like = type(module)(module.config)
+    for name in [name for name, layer in like.named_modules() if isinstance(layer, Conv1D)]:
+        linear = module.get_submodule(name)
+        _replace(module, name, _transposed(linear, Conv1D(linear.out_features, linear.in_features)))
+
+
+def _transposed(source: Any, target: Any) -> nn.Module:
+    target.weight, target.bias = nn.Parameter(source.weight.detach().t().contiguous()), source.bias
+    layer: nn.Module = target
+    return layer
+
+
+def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, layer)
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Make a base model keep only its layers' inputs for the backward pass, and compute the rest again.
+
+    Raises:
+        AdapterError: if the model is not one of transformers' that can.
+    """
+    modules: list[Any] = list(module.modules())
+    able = [each for each in modules if getattr(each, "supports_gradient_checkpointing", False)]
+    if not able:
+        raise AdapterError(
+            "training.gradient_checkpointing = true needs a model whose layers can be computed again, got "
+            f"{type(module).__name__}; leave it out, or set training.accumulation_steps"
+        )
+    enable = (
+        getattr(able[0], "activation_checkpointing_enable", None) or able[0].gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+    # Only for the reentrant kind: a gradient of the embeddings would reach below the first adapted layer.
+    able[0].disable_input_require_grads()
+
+
 _WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet", "albert", "camembert"}
-_BUILDERS = {"mean_pooling": _mean_pooling, "stock": _stock}
+_BUILDERS = {"mean_pooling": _mean_pooling, "stock": _stock, "causal-lm": _causal_lm}
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.privacy import clip
 from mpifedlora.core.seeding import numpy_generator, torch_seed
 from mpifedlora.training.models import FederatedModel
-from mpifedlora.training.task import EncodedExamples, Task
+from mpifedlora.training.task import Batch, EncodedExamples, Task, num_targets
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class LocalSettings:
     clip_norm: float | None = None
     batching: str = "shuffled"
     carried: Carried = ""
+    accumulation_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,8 @@ def _steps(
     for indices in islice(_batches(examples, settings, plan.round_num, client_id), taken, None):
         if is_late():
             raise DeadlinePassed(len(losses))
-        inputs, targets = task.collate(examples, indices)
         grad.zero_()
-        with _autocast(settings.precision, model.device):
-            outputs = model(inputs)
-        loss = task.loss(outputs, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
+        losses.append(_add_gradient(model, task, examples, indices, settings))
         if plan.mu:
             penalties.append(_add_proximal(flat, reference, grad, plan.mu))
         _clip(grad, settings.grad_clip)
@@ -229,6 +226,30 @@ def _steps(
             grad.add_(drift.correction)
         optimizer.step()
     return losses, penalties
+
+
+def _add_gradient(
+    model: FederatedModel, task: Task, examples: EncodedExamples, indices: Indices, settings: LocalSettings
+) -> Tensor:
+    """Add the gradient of a batch's mean loss, computed in parts, and return the loss."""
+    parts = np.array_split(indices, min(settings.accumulation_steps, len(indices)))
+    batches = [task.collate(examples, part, is_training=True) for part in parts]
+    total = torch.zeros((), device=model.device)
+    for (inputs, targets), share in zip(batches, _shares(batches), strict=True):
+        with _autocast(settings.precision, model.device):
+            outputs = model(inputs)
+        loss = task.loss(outputs, targets) * share
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return total
+
+
+def _shares(batches: Sequence[Batch]) -> list[float]:
+    """Return what part of the whole batch's targets each part has."""
+    if len(batches) == 1:
+        return [1.0]  # counting would wait for the GPU
+    counts = [num_targets(targets) for _, targets in batches]
+    return [count / sum(counts) for count in counts]
 
 
 def _clip_update(flat: Tensor, reference: Tensor, largest_norm: float) -> None:

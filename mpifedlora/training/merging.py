@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpifedlora.core.layout import Factors, ModelShapes
 from mpifedlora.errors import AdapterError
-from mpifedlora.training.base import MeanPoolingClassifier, Module
+from mpifedlora.training.base import MeanPoolingClassifier, Module, linears_to_conv1ds
 
 
 def merge_adapter(
@@ -59,7 +59,9 @@ def save_model(module: Module, folder: Path, label_names: Sequence[str], dtype: 
             f"--merge needs a model of transformers, got a {type(model).__name__}; leave --merge out: the "
             "adapter fits what the task's file builds"
         )
-    if label_names:
+    linears_to_conv1ds(model)
+    model.config.use_cache = True  # training switches it off
+    if label_names and not model.can_generate():
         model.config.id2label = dict(enumerate(label_names))
         model.config.label2id = {name: number for number, name in enumerate(label_names)}
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -7,7 +7,6 @@ buffer of the same layout moves no data; after a cut the modules get new, smalle
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,8 +20,8 @@ from mpifedlora.core.layout import AdapterLayout, Factors, copy_common
 from mpifedlora.core.plan import RoundPlan, Segments
 from mpifedlora.core.server_optimizer import Cut, CutMap, carry_variate
 from mpifedlora.errors import ConfigError
-from mpifedlora.training.base import BaseModel, MeanPoolingClassifier
-from mpifedlora.training.flat import flatten, point, views
+from mpifedlora.training.base import BaseModel, MeanPoolingClassifier, recompute_activations
+from mpifedlora.training.flat import digest, flatten, point, views
 from mpifedlora.training.lora_layers import (
     ACTIVE,
     FROZEN,
@@ -46,6 +45,7 @@ class FederatedModel:
         base: model and head; it is changed in place.
         rank_max: LoRA rank that training starts with.
         alpha: numerator of the scaling alpha / rank_max, which never changes.
+        use_rslora: whether the scaling is alpha / sqrt(rank_max).
         dropout: on the adapter's input.
         target_modules: see `find_linears`.
         modules_to_save: modules trained whole beside the head.
@@ -62,6 +62,7 @@ class FederatedModel:
         *,
         rank_max: int,
         alpha: float,
+        use_rslora: bool = False,
         dropout: float = 0.0,
         target_modules: str | Sequence[str] = "all-linear",
         modules_to_save: Sequence[str] = (),
@@ -70,7 +71,7 @@ class FederatedModel:
     ) -> None:
         parts = find_parts(base, target_modules, modules_to_save)
         self.shapes, linears, whole = parts.shapes, parts.linears, parts.whole
-        self.rank_max, self.scaling = rank_max, alpha / rank_max
+        self.rank_max, self.scaling = rank_max, alpha / (rank_max**0.5 if use_rslora else rank_max)
         self.device = torch.device(device)
         self.options = {"lora_dropout": dropout, "modules_to_save": list(whole), "bias": "none"}
         self.peft_model = adapt(base.module, list(linears), self.options).to(self.device)
@@ -305,18 +306,21 @@ class FederatedModel:
             ) from error
         self._compiled = torch.compile(self.peft_model, dynamic=True)
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the base model's layers for the backward pass, and compute the rest again.
+
+        Raises:
+            AdapterError: if the base model cannot.
+        """
+        recompute_activations(self.peft_model.base_model.model)
+
     def train(self, is_training: bool) -> None:
         """Switch dropout on or off."""
         self.peft_model.train(is_training)
 
     def digest(self) -> str:
         """Return a short digest of names, shapes and samples of all weights before training."""
-        crc = zlib.crc32(repr(self.shapes).encode())
-        for parameter in [*self._body, *self._head]:
-            flat = parameter.detach().reshape(-1)
-            sample = torch.cat([flat[:256], flat[-256:]]).float().cpu()
-            crc = zlib.crc32(sample.numpy().tobytes(), crc)
-        return f"{crc:08x}"
+        return digest(repr(self.shapes), [*self._body, *self._head])
 
     def export(
         self, factors: Sequence[Factors], head: Sequence[Tensor]

@@ -60,4 +60,5 @@ def find_parts(
     body = {
         name: parameter for name, parameter in base.module.named_parameters() if not is_inside(name, whole)
     }
-    return ModelParts(find_linears(base.module, target_modules, whole), whole, head, body)
+    linears = find_linears(base.module, target_modules, (*whole, *base.fixed_names))
+    return ModelParts(linears, whole, head, body)

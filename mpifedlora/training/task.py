@@ -57,7 +57,7 @@ class Task(Protocol):
             labels: label numbers (num_examples,), zeros where there are none.
         """
 
-    def collate(self, examples: EncodedExamples, indices: Indices) -> Batch:
+    def collate(self, examples: EncodedExamples, indices: Indices, *, is_training: bool = False) -> Batch:
         """Make a batch of some examples, on the device: inputs of the model, and targets of the loss."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -130,6 +130,8 @@ class TaskSetup:
         head: see `build_base`.
         dtype: see `build_base`.
         dropout: see `build_base`.
+        template: of `[task]`.
+        packing: of `[task]`.
         options: of `[task]`, for a task of one's own.
         cache: see `TextTask`.
     """
@@ -142,6 +144,8 @@ class TaskSetup:
     head: str = "auto"
     dtype: str = "float32"
     dropout: float | None = None
+    template: str = "auto"
+    packing: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     cache: Cache | None = None
 
@@ -155,6 +159,10 @@ class TaskSetup:
             dropout=self.dropout,
             seed=torch_seed(self.seed, "head"),
         )
+
+    def language_model(self) -> BaseModel:
+        """Load the base model as a causal language model, which has no head of its own."""
+        return build_base(self.model, num_labels=0, head="causal-lm", dtype=self.dtype, dropout=self.dropout)
 
     def tokenizer(self) -> Any:
         """Load the base model's tokenizer."""
@@ -218,7 +226,7 @@ class TextTask:
         libraries = [version("tokenizers"), version("transformers")]
         return json.dumps([*options, splits, *libraries, serialised])
 
-    def collate(self, examples: EncodedExamples, indices: Indices) -> Batch:
+    def collate(self, examples: EncodedExamples, indices: Indices, *, is_training: bool = False) -> Batch:
         """Pad some examples to the longest of them.
 
         Returns:
@@ -235,6 +243,13 @@ class TextTask:
         """Move a batch to the device."""
         moved = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         return moved, targets.to(self.device, non_blocking=True)
+
+
+def num_targets(targets: Tensor) -> int:
+    """Return how many targets a loss is the mean over."""
+    if targets.is_floating_point():
+        return len(targets)
+    return int((targets != IGNORED).sum())
 
 
 def load_tokenizer(name: str) -> Any:

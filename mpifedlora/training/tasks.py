@@ -18,6 +18,7 @@ from torch.nn import functional
 from mpifedlora.core.metrics import Metrics, classification_metrics
 from mpifedlora.errors import AdapterError, MpiFedLoraError
 from mpifedlora.training.base import BaseModel
+from mpifedlora.training.causal_lm import causal_lm
 from mpifedlora.training.task import (
     EncodedExamples,
     Model,
@@ -58,7 +59,7 @@ def classification(setup: TaskSetup) -> tuple[BaseModel, Task]:
     return setup.classifier(), task
 
 
-TASKS: dict[str, Builder] = {"classification": classification}
+TASKS: dict[str, Builder] = {"classification": classification, "causal-lm": causal_lm}
 
 
 def build_task(name: str, builder: Callable[..., Any], setup: TaskSetup) -> tuple[BaseModel, Task]:

@@ -15,7 +15,14 @@ from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.datasets import read_dataset
 from mpifedlora.training.base import build_base
-from mpifedlora.training.local import DeadlinePassed, Drift, LocalSettings, predict, train_client
+from mpifedlora.training.local import (
+    DeadlinePassed,
+    Drift,
+    LocalSettings,
+    _shares,
+    predict,
+    train_client,
+)
 from mpifedlora.training.tasks import ClassificationTask, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -741,3 +748,30 @@ def train_with_broken_backward(model, task, examples, plan):
         train(model, task, examples, SGD, plan, client_id=1)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 3, 5, 99])
+@pytest.mark.parametrize("batch_size", [5, 8])
+def test_a_batch_in_parts_trains_as_the_batch_in_one(model, task, examples, batch_size, accumulation_steps):
+    settings = replace(SETTINGS, batch_size=batch_size, optimizer="sgd")
+    plan = make_plan(model, learning_rate=0.05)
+    start(model, plan)
+    results = {}
+    for steps in (1, accumulation_steps):
+        values = torch.empty(plan.row_values(model.shapes, 0))
+        result = train_client(
+            model, task, examples, replace(settings, accumulation_steps=steps), plan, 0, values
+        )
+        results[steps] = values, result.train_loss, result.num_steps
+    (one, loss, num_steps), (parts, same, as_many) = results.values()
+    assert num_steps == as_many
+    assert same == pytest.approx(loss, rel=1e-5)
+    assert (one - model.state).abs().max() > 1e-3
+    torch.testing.assert_close(parts, one, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_count_by_their_targets():
+    """Where examples have unlike numbers of targets, the mean of the parts' means is not the batch's mean."""
+    batches = [({}, torch.tensor([[3, -100, 4]])), ({}, torch.tensor([[-100, -100, 5], [-100, -100, -100]]))]
+    assert _shares(batches) == [2 / 3, 1 / 3]
+    assert _shares([({}, torch.tensor([0.5, 1.5])), ({}, torch.tensor([2.5]))]) == [2 / 3, 1 / 3]

@@ -766,3 +766,26 @@ def test_digests_tell_weights_and_adapted_layers_apart(tiny_model_folder):
         other._body[4].reshape(-1)[-1] += 1e-3
     assert first.digest() == same.digest()
     assert len({first.digest(), other.digest(), fewer.digest()}) == 3
+
+
+@pytest.mark.parametrize("lora_ranks", [4, 1, [1, 2, 3, 4] * 3])
+def test_rslora_scales_by_the_root_of_rank_max_and_survives_cut_and_export(
+    tiny_model_folder, tmp_path, lora_ranks
+):
+    model = build_model(tiny_model_folder, use_rslora=True)
+    assert model.scaling == 8.0 / 2
+    plan = make_plan(model, lora_ranks)
+    layout = plan.layout(model.shapes)
+    flat = random_state(layout)
+    logits = bound_logits(model, plan, flat)
+    base = build_base(str(tiny_model_folder), num_labels=3, dropout=0.0).module
+    with torch.no_grad():
+        for module, part in zip(model.shapes.modules, layout.factors(flat), strict=True):
+            base.get_submodule(module.name).weight += 4.0 * part.b @ part.a
+        for parameter, value in zip(base.classifier.parameters(), layout.whole_tensors(flat), strict=True):
+            parameter.copy_(value)
+    assert torch.allclose(logits, plain_logits(base), atol=1e-4)
+    write_adapter(tmp_path, *model.export(layout.factors(flat), layout.whole_tensors(flat)))
+    fresh = build_base(str(tiny_model_folder), num_labels=3, dropout=0.0, seed=9).module
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.allclose(plain_logits(loaded), logits, atol=1e-4)

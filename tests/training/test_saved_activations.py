@@ -167,3 +167,43 @@ def test_fused_layers_keep_no_more_than_pefts_own(tiny_model_folder, monkeypatch
         model.train(True)
         kept[kind] = kept_bytes(model, precision)
     assert 0 < kept[FusedLinear] <= kept[Linear]
+
+
+# gradient checkpointing
+
+
+def gradient_and_bytes(folder, *, recomputes, **options):
+    model = build_model(folder, **options)
+    if recomputes:
+        model.checkpoint_activations()
+    plan = make_plan(model)
+    model.state = model.initial_state(plan)
+    flat = model.start(plan, 0, {}) + random_values(len(model.state), 3, 0.1)
+    grad = torch.zeros_like(flat)
+    model.bind(plan, flat, grad, 0)
+    model.train(True)
+    torch.manual_seed(4)
+    num_bytes = kept_bytes(model, "float32")
+    return grad, num_bytes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputed_activations_give_the_same_gradient_and_less_is_kept(tiny_model_folder, dropout):
+    (plain, much), (again, less) = (
+        gradient_and_bytes(tiny_model_folder, recomputes=each, base_dropout=dropout) for each in (False, True)
+    )
+    assert plain.abs().max() > 0
+    assert torch.equal(plain, again)
+    assert less < much / 3
+
+
+def test_recomputing_keeps_nothing_below_the_first_adapted_layer_either(tiny_model_folder, task, examples):
+    model = build_model(tiny_model_folder, target_modules=UPPER)
+    model.checkpoint_activations()
+    kept = []
+    with saved_tensors_hooks(lambda value: kept.append(tuple(value.shape)) or value, lambda value: value):
+        hook = model._layers[0].register_forward_pre_hook(lambda *_: kept.append("first adapted layer"))
+        train_one_step(model, task, examples)
+        hook.remove()
+    assert (32, 32) not in kept[: kept.index("first adapted layer")]  # no weight of the layers below
+    assert (4, 32) not in kept[: kept.index("first adapted layer")]
