@@ -1,11 +1,11 @@
-"""Make a tiny language model and instructions for it, without any download: what examples/causal_lm.toml runs on.
+"""Make a tiny language model and instructions for it, without any download, for examples/causal_lm.toml.
 
     python examples/make_tiny_lm.py runs/tiny-lm
 
-It writes a folder `model` (a Llama of about 0.2 M parameters with a tokenizer of bytes; its weights are RANDOM, it
-knows no language) and `instructions.jsonl`: to say a word in capitals, twice, or its first letter. So a run shows that
-everything works, and what it learns is learned from these examples alone. For real work give a model that has been
-trained: model.name = "a folder or a hub name".
+It writes a folder `model`, a Llama of about 0.2 M parameters with a tokenizer of bytes whose weights are
+RANDOM (it knows no language), and `instructions.jsonl`: to say a word in capitals, twice, or its first letter.
+So a run shows that everything works, and what it learns comes from these examples alone. For real work give a
+trained model: model.name = "a folder or a hub name".
 """
 
 import json
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WAYS = {"capitals": str.upper, "twice": lambda word: word + word, "first": lambda word: word[0]}
-SYLLABLES = "ba de fi go lu ma ne ri so tu".split()
+SYLLABLES = ["ba", "de", "fi", "go", "lu", "ma", "ne", "ri", "so", "tu"]
 
 
 def make_model(folder: Path) -> None:

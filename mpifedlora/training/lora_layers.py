@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,7 +110,10 @@ def adapt(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
     # Rank 1 is a place-holder: the first bind brings the real ranks.
     config = lora_config(names, options, 1, 1.0)
     config._register_custom_module({nn.Linear: FusedLinear})
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # Of transformers, for a name that PEFT asks for.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        return get_peft_model(model, config)
 
 
 def lora_layer(peft_model: Any, name: str) -> Any:

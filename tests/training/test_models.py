@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from support import (
     bound_logits,
     build_model,
@@ -20,6 +20,7 @@ from torch.nn import functional
 from mpifedlora.core.fresh import initial_adapter
 from mpifedlora.core.layout import DENSE, AdapterLayout, Factors
 from mpifedlora.errors import AdapterError
+from mpifedlora.io.adapter_files import write_adapter
 from mpifedlora.training.base import build_base
 
 BATCH = make_batch()
