@@ -3,7 +3,7 @@
     python examples/make_tiny_lm.py runs/tiny-lm
 
 It writes a folder `model`, a Llama of about 0.2 M parameters with a tokenizer of bytes whose weights are
-RANDOM (it knows no language), and `instructions.jsonl`: to say a word in capitals, twice, or its first letter.
+RANDOM (it knows no language), and `instructions.jsonl`: to say a word in capitals, twice, or its first one.
 So a run shows that everything works, and what it learns comes from these examples alone. For real work give a
 trained model: model.name = "a folder or a hub name".
 """

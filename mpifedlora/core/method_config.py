@@ -202,8 +202,8 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = Field(16, description="Examples per step.")
     accumulation_steps: PositiveInt = Field(
         1,
-        description="Parts that a step's batch is computed in, one after another: the same gradient with less "
-        "memory.",
+        description="Parts that a step's batch is computed in, one after another: the same gradient with "
+        "less memory.",
     )
     gradient_checkpointing: bool = Field(
         False,

@@ -214,7 +214,7 @@ def _head_names(model: nn.Module, fresh: set[str]) -> set[str]:
 def _causal_lm(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=_Loading.device_map)
     model.config.use_cache = False  # training would fill it for nothing
     output = model.get_output_embeddings()
     return BaseModel(model, (), tuple(each for each, module in model.named_modules() if module is output))
@@ -228,20 +228,18 @@ def conv1ds_to_linears(module: nn.Module) -> None:
     from transformers.pytorch_utils import Conv1D
 
     for name, conv in [pair for pair in module.named_modules() if isinstance(pair[1], Conv1D)]:
-        linear = nn.Linear(1, 1)
+        linear: Any = nn.Linear(1, 1)
         linear.out_features, linear.in_features = conv.weight.shape[1], conv.weight.shape[0]
+        linear.was_conv1d = True
         _replace(module, name, _transposed(conv, linear))
 
 
-def linears_to_conv1ds(module: Any) -> None:
-    """Undo `conv1ds_to_linears` in a model of transformers', so that it is written as it is read."""
+def linears_to_conv1ds(module: nn.Module) -> None:
+    """Undo `conv1ds_to_linears`, so that transformers finds the weights as it has written them."""
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        like = type(module)(module.config)
-    for name in [name for name, layer in like.named_modules() if isinstance(layer, Conv1D)]:
-        linear = module.get_submodule(name)
-        _replace(module, name, _transposed(linear, Conv1D(linear.out_features, linear.in_features)))
+    for name, linear in [pair for pair in module.named_modules() if hasattr(pair[1], "was_conv1d")]:
+        _replace(module, name, _transposed(linear, Conv1D(*linear.weight.shape)))
 
 
 def _transposed(source: Any, target: Any) -> nn.Module:

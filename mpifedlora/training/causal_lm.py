@@ -258,7 +258,7 @@ def causal_lm(setup: TaskSetup) -> tuple[BaseModel, Task]:
         packing=setup.packing,
         mask_dtype=getattr(torch, setup.dtype),
     )
-    if setup.packing and base.module.device.type != "meta":
+    if setup.packing and next(base.module.parameters()).device.type != "meta":
         check_packing(base, task)
     return base, task
 

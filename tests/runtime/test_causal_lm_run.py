@@ -19,7 +19,7 @@ from mpifedlora.runtime.loading import load_base_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = [
-    "federation.num_rounds=4",
+    "federation.num_rounds=5",
     "data.max_examples=300",
     "training.local_steps=4",
     "evaluation.max_examples=40",
@@ -90,10 +90,9 @@ def test_what_does_not_go_together_is_refused(folder, settings, message):
 def test_conversations_are_read_from_one_column(folder):
     talk = [{"role": "user", "content": "capitals: ba"}, {"role": "assistant", "content": "BA"}]
     with (folder / "talks.jsonl").open("w") as file:
-        file.writelines(json.dumps({"messages": talk}) + "\n" for _ in range(20))
+        file.writelines(json.dumps({"messages": talk, "way": number % 2}) + "\n" for number in range(20))
     settings = settings_of(folder, f"data.source={folder}/talks.jsonl", "data.messages_column=messages")
     from mpifedlora.runtime.setup import read_data
 
     config = read_run_file(EXAMPLES / "causal_lm.toml", [*settings, "data.partition=iid"]).config
-    config = config.model_copy(update={"data": config.data.model_copy(update={"label_column": None})})
     assert json.loads(read_data(config).dataset.train.columns["messages"][0]) == talk
