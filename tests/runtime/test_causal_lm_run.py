@@ -16,6 +16,7 @@ from mpifedlora.io.results import read_results
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime import launch
 from mpifedlora.runtime.loading import load_base_model
+from mpifedlora.transport.inprocess import Alone
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = [
@@ -58,12 +59,12 @@ def test_it_learns_and_its_metrics_are_in_the_results(run):
 
 
 def test_the_loaded_adapter_gives_the_measured_loss(run, folder):
-    from mpifedlora.runtime.setup import read_data
+    from mpifedlora.runtime.data import read_data
     from mpifedlora.training.causal_lm import CausalLMTask
     from mpifedlora.training.task import load_tokenizer
 
     config = read_run_file(run / "run.toml").config
-    test = read_data(config).dataset.test
+    test = read_data(config, Alone()).dataset.test
     generator = numpy_generator(config.federation.seed, "evaluation")
     chosen = test.take(np.sort(generator.permutation(len(test))[:40]))
     model = PeftModel.from_pretrained(load_base_model(run), run / "adapter").eval()
@@ -92,7 +93,7 @@ def test_conversations_are_read_from_one_column(folder):
     with (folder / "talks.jsonl").open("w") as file:
         file.writelines(json.dumps({"messages": talk, "way": number % 2}) + "\n" for number in range(20))
     settings = settings_of(folder, f"data.source={folder}/talks.jsonl", "data.messages_column=messages")
-    from mpifedlora.runtime.setup import read_data
+    from mpifedlora.runtime.data import read_data
 
     config = read_run_file(EXAMPLES / "causal_lm.toml", [*settings, "data.partition=iid"]).config
-    assert json.loads(read_data(config).dataset.train.columns["messages"][0]) == talk
+    assert json.loads(read_data(config, Alone()).dataset.train.columns["messages"][0]) == talk
