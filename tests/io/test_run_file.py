@@ -285,7 +285,8 @@ def test_text_that_is_no_toml(read: Read, text: str | bytes, parts: list[str]) -
         (
             "zzz = 3",
             "[lora] must hold known keys only, got zzz {at}; known keys are rank_max, rank_min, "
-            "client_ranks, client_capacities, alpha, dropout, target_modules, modules_to_save",
+            "client_ranks, client_capacities, alpha, use_rslora, use_dora, dropout, target_modules, "
+            "modules_to_save",
         ),
         (
             "client_ranks = [4, 0]",
