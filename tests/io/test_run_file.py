@@ -429,7 +429,8 @@ def _is_required(schema: Any) -> bool:
 
 # Keys that the rules between the tables tie to each other, and what goes together of them.
 TIED = (
-    "task.name task.sha256 task.options data.columns model.dtype federation.sampling lora.client_ranks "
+    "task.packing task.template data.messages_column lora.use_dora task.name task.sha256 task.options "
+    "data.columns model.dtype federation.sampling lora.client_ranks "
     "lora.client_capacities initiating.scope "
     "annealing.allocation aggregation.kind aggregation.weights aggregation.robust aggregation.norm_bound "
     "training.scope training.personal training.control_variates server_optimizer.kind privacy.clip_norm "
@@ -439,6 +440,7 @@ TIED = (
 ).split()
 FIXED = {"annealing.schedule": "constant", "aggregation.kind": "factors"}
 COHERENT: list[dict[str, Any]] = [
+    {"task.name": "causal-lm", "task.packing": True, "data.partition": "iid", "data.messages_column": "talk"},
     {"model.dtype": "bfloat16", "initiating.scope": "full", "aggregation.norm_bound": 0.1},
     {"federation.sampling": "poisson", "federation.cohort_size": 4, "aggregation.weights": "frobenius"},
     {"lora.client_ranks": [4, 1, 9], "aggregation.kind": "zero-pad", "annealing.allocation": "spectral"},
