@@ -24,10 +24,10 @@ from mpifedlora.core.sections import (
     PositiveInt,
     Section,
     Seed,
-    TaskConfig,
     TrackingConfig,
     TransportConfig,
 )
+from mpifedlora.core.task_config import TaskConfig
 
 Scope = Literal["adapter", "full"]
 TrainingScope = Literal["adapter", "full", "b-only", "alternating"]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mpifedlora.core.sections import DataConfig, TaskConfig
+from mpifedlora.core.sections import DataConfig
+from mpifedlora.core.task_config import TaskConfig
 
 BUILT_IN = ("classification", "causal-lm")
 """Names of the tasks that come with the package."""
