@@ -230,7 +230,10 @@ def write_figures(comparison: Comparison, out: Path) -> list[Path]:
     """
     require_matplotlib("`mpifedlora compare --out`")
     if not any(len(group.curve.values) for group in comparison.groups):
-        raise ConfigError("runs must have measured an accuracy to be drawn, got none; compare later")
+        raise ConfigError(
+            "runs must have measured an accuracy to be drawn, got none (their task has none, or no round was "
+            "evaluated yet); leave --out away, or see the metrics in the report of each run"
+        )
     draws: dict[str, Draw] = {
         "accuracy_by_bytes": lambda figure: _by_bytes(comparison, figure),
         "accuracy_by_round": lambda figure: _by_round(comparison, figure),
