@@ -47,6 +47,11 @@ PERSONAL: Switches = {"training.personal": "b", "evaluation.model": "personal", 
 FULL: Switches = {"training.scope": "full", "initiating.scope": "full"}
 FEDADAM: Switches = {"server_optimizer.kind": "fedadam"}
 SCAFFOLD: Switches = {"training.control_variates": True, "training.optimizer": "sgd", "initiating.mu": 0.0}
+LATE: Switches = {
+    "faults.late": "next-round",
+    "faults.round_deadline_s": 1.0,
+    "federation.reproducible": False,
+}
 PRIVATE: Switches = {"privacy.clip_norm": 1.0, "aggregation.weights": "equal"}
 RANKS: Switches = {"lora.client_ranks": [4, 8]}
 METROPOLIS: Switches = {
@@ -356,6 +361,32 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
         "faults.round_deadline_s needs federation.reproducible = false (who is late depends on the machine "
         "and its load), got true; set federation.reproducible = false, or leave faults.round_deadline_s out",
     ),
+    (
+        LATE,
+        {"faults.round_deadline_s": None},
+        'faults.late = "next-round" needs faults.round_deadline_s (without a deadline nobody is',
+    ),
+    (LATE, {"initiating.scope": "full"}, "what was trained in one stage has no place in the other"),
+    (LATE | ONE_STAGE, ALTERNATING, "the next round trains the other factor"),
+    (
+        LATE,
+        kind("factors"),
+        'faults.late = "next-round" needs annealing.schedule = "constant" (a cut gives the mean factors',
+    ),
+    (LATE | FIXED | ONE_STAGE, PERSONAL, "B and head of the client would be of one round, and A of another"),
+    (LATE | FIXED, SCAFFOLD, "a variate is the mean gradient of steps from one state"),
+    (LATE | FULL, PRIVATE, "the accountant counts what a client trains in one round"),
+    (LATE, {"aggregation.weights": "frobenius"}, "a norm as the weight leaves no place"),
+    (LATE, {"aggregation.robust": "median"}, "what sorts or chooses updates has no weights"),
+    # tasks
+    ({}, {"task.name": "clasification"}, "task.name must be one of classification, causal-lm, or FILE.py:"),
+    (
+        {"task.name": "causal-lm", "data.partition": "iid"},
+        {"data.partition": "shards"},
+        'data.partition = "shards" shares out by label, got task.name = "causal-lm", which has none',
+    ),
+    ({}, {"task.packing": True}, "only a language model reads prompts and responses"),
+    ({}, {"lora.use_dora": True}, "which is not linear in B A"),
     # compilation
     (
         {"training.compile": True, "federation.reproducible": False},
