@@ -56,6 +56,41 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+def make_vit(folder: Path) -> Path:
+    """Write a vision transformer of random weights: 6 x 6 grey images, 2 layers, 8 wide.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(image_size=6, patch_size=3, num_channels=1, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def make_images(folder: Path, num_images: int, seed: int) -> Path:
+    """Write 6 x 6 grey images in a subfolder for each of three labels, whose brightness tells the label.
+
+    Returns:
+        The folder.
+    """
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    for number in range(num_images):
+        label = number % 3
+        pixels = generator.integers(80 * label, 80 * label + 90, (6, 6), np.uint8)
+        (folder / LABELS[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / LABELS[label] / f"{number:03d}.png")
+    return folder
+
+
 def make_csv(path: Path, num_rows: int = 120) -> Path:
     """Write rows `text,label` whose words tell the label; labels are equally frequent.
 

@@ -14,8 +14,9 @@ class TaskConfig(Section):
 
     name: str = Field(
         "classification",
-        description="`classification`: one label a text; `causal-lm`: a language model learns responses to "
-        "prompts; or `FILE.py:FUNCTION`: a task of your own (its code runs in every process).",
+        description="`classification`: one label a text; `image-classification`: one label an image; "
+        "`causal-lm`: a language model learns responses to prompts; or `FILE.py:FUNCTION`: a task of your "
+        "own (its code runs in every process).",
     )
     template: Literal["auto", "plain"] = Field(
         "auto",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from mpifedlora.core.sections import DataConfig
 from mpifedlora.core.task_config import TaskConfig
 
-BUILT_IN = ("classification", "causal-lm")
+BUILT_IN = ("classification", "causal-lm", "image-classification")
 """Names of the tasks that come with the package."""
 
 
@@ -31,6 +31,8 @@ def value_columns(task: TaskConfig, data: DataConfig) -> Mapping[str, str]:
     """
     if is_own(task.name) and data.columns is not None:
         return {column: column for column in data.columns}
+    if task.name == "image-classification":
+        return {"image": data.image_column}
     if task.name != "causal-lm":
         return {"text": data.text_column}
     if data.messages_column is not None:
@@ -49,4 +51,4 @@ def label_column(task: TaskConfig, data: DataConfig) -> str | None:
     return data.label_column
 
 
-_LABELLED = ("classification",)
+_LABELLED = ("classification", "image-classification")

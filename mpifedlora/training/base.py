@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ def build_base(
     Args:
         name: folder, or hub name.
         num_labels: classes.
-        head: `mean_pooling`, `stock` or `auto` (see `[model] head`), or `causal-lm`.
+        head: `mean_pooling`, `stock` or `auto` (see `[model] head`), `causal-lm` or `image`.
         dtype: of the base weights; the head is float32.
         dropout: probability in all of the model's dropout layers; None leaves them as they are.
         seed: of the head's initial weights.
@@ -179,10 +180,12 @@ def _mean_pooling(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     return BaseModel(MeanPoolingClassifier(encoder, num_labels), ("classifier",))
 
 
-def _stock(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
-    from transformers import AutoModelForSequenceClassification
+def _stock(
+    name: str, num_labels: int, dtype: torch.dtype, kind: str = "AutoModelForSequenceClassification"
+) -> BaseModel:
+    import transformers
 
-    model, report = AutoModelForSequenceClassification.from_pretrained(
+    model, report = getattr(transformers, kind).from_pretrained(
         name,
         num_labels=num_labels,
         dtype=dtype,
@@ -195,7 +198,7 @@ def _stock(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     prefix = model.base_model_prefix + "."
     heads = _head_names(model, {key.split(".")[0] for key in fresh if not key.startswith(prefix)})
     inner = {key.rpartition(".")[0] for key in fresh if key.startswith(prefix)}
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = model.config.eos_token_id
     return BaseModel(model, tuple(sorted(heads | inner)))
 
@@ -275,7 +278,12 @@ def recompute_activations(module: nn.Module) -> None:
 
 
 _WITH_POOLER = {"bert", "roberta", "xlm-roberta", "mpnet", "albert", "camembert"}
-_BUILDERS = {"mean_pooling": _mean_pooling, "stock": _stock, "causal-lm": _causal_lm}
+_BUILDERS: dict[str, Callable[[str, int, torch.dtype], BaseModel]] = {
+    "mean_pooling": _mean_pooling,
+    "stock": _stock,
+    "causal-lm": _causal_lm,
+    "image": partial(_stock, kind="AutoModelForImageClassification"),
+}
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,48 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from mpifedlora.core.metrics import Metrics, classification_metrics
 from mpifedlora.errors import AdapterError, MpiFedLoraError
 from mpifedlora.training.base import BaseModel
 from mpifedlora.training.causal_lm import causal_lm
-from mpifedlora.training.task import (
-    EncodedExamples,
-    Model,
-    Task,
-    TaskSetup,
-    TextTask,
-    load_tokenizer,
-)
+from mpifedlora.training.image_classification import image_classification
+from mpifedlora.training.labels import LabelTask
+from mpifedlora.training.task import Task, TaskSetup, TextTask, load_tokenizer
 
 __all__ = ["TASKS", "ClassificationTask", "build_task", "load_tokenizer"]
 
 Builder = Callable[[TaskSetup], tuple[BaseModel, Task]]
 
 
-class ClassificationTask(TextTask):
+class ClassificationTask(LabelTask, TextTask):
     """Cross-entropy on one label a text."""
-
-    statistics: tuple[str, ...] = ("loss", "predicted")
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy of a batch, in float32."""
-        return functional.cross_entropy(outputs.float(), targets)
-
-    def measure(self, model: Model, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-        """Return (examples, 2) float32: each example's loss and predicted label."""
-        logits = model(inputs)
-        losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-        return torch.stack([losses, logits.argmax(dim=1).float()], dim=1).cpu()
-
-    def metrics(self, statistics: npt.NDArray[np.float32], examples: EncodedExamples) -> Metrics:
-        """Return loss, accuracy and macro-F1."""
-        return classification_metrics(statistics[:, 0], statistics[:, 1].astype(np.int64), examples.labels)
 
 
 def classification(setup: TaskSetup) -> tuple[BaseModel, Task]:
@@ -59,7 +31,11 @@ def classification(setup: TaskSetup) -> tuple[BaseModel, Task]:
     return setup.classifier(), task
 
 
-TASKS: dict[str, Builder] = {"classification": classification, "causal-lm": causal_lm}
+TASKS: dict[str, Builder] = {
+    "classification": classification,
+    "causal-lm": causal_lm,
+    "image-classification": image_classification,
+}
 
 
 def build_task(name: str, builder: Callable[..., Any], setup: TaskSetup) -> tuple[BaseModel, Task]:
