@@ -12,6 +12,7 @@ import numpy as np
 from mpifedlora.errors import ConfigError
 from mpifedlora.transport.base import NodePlace, own_cores
 from mpifedlora.transport.mpi.server import MpiServer
+from mpifedlora.transport.mpi.survival import is_fault_tolerant
 from mpifedlora.transport.mpi.worker import MpiWorker
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def connect(comm: Communicator | None = None) -> MpiServer | MpiWorker | None:
     Raises:
         ConfigError: if the launcher started several processes that do not see each other.
     """
+    import mpi4py
+
+    if is_fault_tolerant():
+        mpi4py.rc.finalize = False  # `Survivor` does it, where it ends
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD if comm is None else comm

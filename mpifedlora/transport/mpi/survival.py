@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -114,6 +115,9 @@ class Survivor:
         self._mpi, self.comm = MPI, comm
         self.world_size, self.num_workers = comm.size, comm.size - 1
         self.is_fault_tolerant = is_fault_tolerant()
+        self._num_started = comm.size
+        if self.is_fault_tolerant:
+            atexit.register(self._finalize)
         self._names = ["the server", *(f"worker {worker_id}" for worker_id in range(self.num_workers))]
         self._name = self._names[comm.rank]
         self._hosts = [""] * comm.size
@@ -160,6 +164,11 @@ class Survivor:
         if self.num_workers == 0:
             raise RunLost(f"at least one worker must live, but the last has died; {self._resume}")
         return [mpi_rank - 1 for mpi_rank in lost]
+
+    def _finalize(self) -> None:
+        # Open MPI 5.0 waits forever for the dead where two have died at once.
+        if self.world_size == self._num_started and not self._mpi.Is_finalized():
+            self._mpi.Finalize()
 
     def _may_part(self) -> bool:
         """Say whether everybody who lives has heard that the run is over."""
