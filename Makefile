@@ -66,9 +66,9 @@ slurm-cluster:
 slurm-cluster-stop:
 	@tests/slurm/cluster.sh stop
 
-## torture  a hundred random faults: kills, stops, signals; about an hour
+## torture  a hundred runs hit at random: kills, stops, signals; about twenty minutes
 torture: .venv/.installed
-	@. tests/mpi_env.sh && python tests/faults/torture.py
+	@. tests/mpi_env.sh && PYTHONPATH=tests python -m faults.torture
 
 ## data     fetch the demo's data set and weights into the cache folder
 data: .venv/.installed

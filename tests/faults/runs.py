@@ -16,16 +16,30 @@ ROOT = Path(__file__).parents[2]
 LONG = "training.local_steps=30"
 
 
-def begin(folder, out, *settings, processes=4, resumes=False):
+def begin(folder, out, *settings, processes=4):
     """Start a run of some seconds; its output can be read."""
-    command = [sys.executable, "-m", "mpifedlora", "run", str(folder / "run.toml"), "--out", str(out)]
-    command += [part for setting in (LONG, *settings) for part in ("--set", setting)]
-    command += ["--resume"] * resumes
+    return launch(("-m", "mpifedlora"), folder, out, (LONG, *settings), processes, subprocess.PIPE)
+
+
+def launch(program, folder, out, settings, processes, output, *options):
+    """Start a run under mpirun.
+
+    Args:
+        program: what Python is given before `run`.
+        folder: of the run file.
+        out: folder of the run.
+        settings: `section.key=value` texts.
+        processes: of the job.
+        output: where its output goes, as `subprocess.Popen` takes it.
+        options: more of the command line.
+    """
+    command = [sys.executable, *program, "run", str(folder / "run.toml"), "--out", str(out), *options]
+    command += [part for setting in settings for part in ("--set", setting)]
     mpirun = '. tests/mpi_env.sh && exec mpirun --with-ft ulfm -n "$0" "$@"'
     return subprocess.Popen(
         ["bash", "-c", mpirun, str(processes), *command],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         env=dict(os.environ),
@@ -41,7 +55,7 @@ def processes_of(out):
             variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if str(out) in command and "mpifedlora" in command and not command[0].endswith(("bash", "run")):
+        if str(out) in command and command[0] == sys.executable:
             ranks = [text.partition("=")[2] for text in variables if text.startswith("OMPI_COMM_WORLD_RANK=")]
             found |= {int(mpi_rank): int(folder.name) for mpi_rank in ranks}
     return found
