@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -17,6 +18,7 @@ LAUNCHERS = ("hydra_pmi_proxy", "mpiexec", "mpiexec.hydra", "mpirun", "orterun",
 _DAEMONS = ("orted", "prted")
 _PROC = Path("/proc")
 _WATCH_S = 1.0
+_LONGEST_START_S, _GONE_S, _OTHER_TELLS_S = 900.0, 5.0, 4.0
 
 
 class _Stat(NamedTuple):
@@ -102,6 +104,74 @@ def _runs(pid: int, started_s: float) -> bool:
     except OSError:
         return False
     return stat.started_s == started_s and stat.state not in ("Z", "X")
+
+
+@contextlib.contextmanager
+def starting_together(advice: str) -> Iterator[None]:
+    """End the job where a process that was started with this one ends while this one is inside.
+
+    An MPI that survives the death of processes (ULFM) waits for ever for one that died before MPI was up, and
+    keeps Python's other threads from running: so a child process watches. It sees this node's processes; for
+    those of other nodes there is a limit of 15 minutes.
+
+    Args:
+        advice: printed after what has happened.
+    """
+    found = _launcher()
+    expected = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    if found is None or not expected.isdecimal():
+        yield
+        return
+    parent = os.getpid()
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _watch_start(parent, found[0], int(expected), advice)
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _watch_start(process: int, launcher: int, expected: int, advice: str) -> None:
+    own, missing_s, left_s = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", ""), 0.0, _LONGEST_START_S
+    while os.getppid() == process:
+        time.sleep(_WATCH_S)
+        there = _started_by(launcher)
+        missing_s = missing_s + _WATCH_S if len(there) < expected else 0.0
+        left_s -= _WATCH_S
+        if missing_s >= _GONE_S or left_s <= 0:
+            if own == min(there, key=int, default=own):  # one of them is enough
+                gone = f"{expected - len(there)} of this node's {expected} have ended"
+                what = gone if missing_s else f"it is not after {_LONGEST_START_S / 60:.0f} minutes"
+                _say(f"error: all processes must live until MPI is up, but {what}; {advice}")
+                time.sleep(_WATCH_S)  # in which the launcher takes it on
+            else:
+                time.sleep(_OTHER_TELLS_S)
+            _end_start(process, launcher)
+
+
+def _end_start(process: int, launcher: int) -> None:
+    with contextlib.suppress(OSError):
+        if _read_stat(launcher).name in LAUNCHERS:  # a daemon may have other jobs
+            os.kill(launcher, signal.SIGTERM)
+    with contextlib.suppress(OSError):
+        os.kill(process, signal.SIGKILL)
+    os._exit(1)
+
+
+def _started_by(launcher: int) -> list[str]:
+    """Return the numbers, on this node, of the processes that a launcher has started and that live."""
+    found = []
+    for folder in _PROC.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            stat = _read_stat(int(folder.name))
+            if stat.parent == launcher and stat.state not in ("Z", "X"):
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                key = b"OMPI_COMM_WORLD_LOCAL_RANK="
+                found += [text.removeprefix(key).decode() for text in variables if text.startswith(key)]
+    return found
 
 
 def tell_when_terminated(message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from mpifedlora.core.agreement import Status
 from mpifedlora.core.config import RunConfig
 from mpifedlora.errors import MpiFedLoraError, RunLost, WorkerLost
 from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, RUN_FILE, FolderLock, check_output_folder
-from mpifedlora.io.process import end_with_launcher, tell_when_terminated
+from mpifedlora.io.process import end_with_launcher, starting_together, tell_when_terminated
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
 from mpifedlora.runtime.agreement import agree
@@ -118,6 +119,9 @@ def _run(request: Request, comm: Communicator | None) -> Outcome:
         replica, statuses = agree(endpoint, lambda: _build(request, resolved.config, data, endpoint))
         if client_keeps_state(resolved.config):
             agree(endpoint, lambda: _find_token(replica.memory.store, endpoint))
+    except RunLost as error:
+        endpoint.abort(f"error: {error}", EXIT_RESUMABLE)
+        raise
     except MpiFedLoraError:
         if endpoint.is_server:
             raise
@@ -146,7 +150,9 @@ def _connect(comm: Communicator | None) -> Endpoint:
 
     if comm is None and not mpi.is_launched():
         return inprocess.Alone()
-    return mpi.connect(comm) or inprocess.Alone()
+    is_watched = comm is None and mpi.is_fault_tolerant()
+    with starting_together("start it again") if is_watched else nullcontext():
+        return mpi.connect(comm) or inprocess.Alone()
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 To load these two is three quarters of a process's start. What is in their place is the network that is
 trained, its LoRA layers, optimiser and tokenizer; server, workers, protocol, transport and files are the
-package's own. Each process tells what it does as the name of its main thread (`/proc/PID/comm`), and stays in
+package's own. Each process tells what it does as the names of its threads (`/proc/PID/comm`), and stays in
 each phase for some hundredths of a second, so that faults find it there.
 
 Arguments: as those of `mpifedlora`. `write_inputs` makes what the run file names.
@@ -57,8 +57,8 @@ def write_inputs(folder):
 
 
 def tell(phase):
-    """Make a phase the name of this process's main thread; return what it was."""
-    comm = Path("/proc/self/comm")
+    """Make a phase the name of this thread; return what it was."""
+    comm = Path("/proc/thread-self/comm")
     before = comm.read_text().strip()
     comm.write_text(phase)
     return before
@@ -87,7 +87,8 @@ def mark_phases():
     from mpifedlora.transport.mpi import MpiServer, MpiWorker
 
     for owner, name, phase in (
-        (launch, "_agree", "set-up"),
+        (launch, "_connect", "connect"),
+        (launch, "agree", "set-up"),
         (launch, "_recover", "set-up"),
         (MpiServer, "broadcast", "broadcast"),
         (MpiWorker, "receive", "broadcast"),
@@ -214,7 +215,6 @@ def main():
 
     put_in_place()
     mark_phases()
-    tell("set-up")
     entry()
 
 

@@ -29,15 +29,27 @@ from mpifedlora.io.results import read_results
 MOST_HITS, TIMEOUT_S = 4, 4.0
 # Counted in waits, so that a machine that stands still does not look like a hang.
 POLL_S, LONGEST_S, GONE_S = 0.05, 300.0, 60.0
-AT_WORKER = ("start", "set-up", "broadcast", "train", "collect", "any")
-AT_SERVER = ("set-up", "broadcast", "collect", "measure", "results", "checkpoint", "export", "end", "any")
+AT_WORKER = ("start", "connect", "set-up", "broadcast", "train", "collect", "any")
+AT_SERVER = (
+    "start",
+    "connect",
+    "set-up",
+    "broadcast",
+    "collect",
+    "measure",
+    "results",
+    "checkpoint",
+    "export",
+    "end",
+    "any",
+)
 FAULTS = {
     "worker killed": AT_WORKER,
     "all workers killed": AT_WORKER,
-    "worker stopped": AT_WORKER[2:],
+    "worker stopped": AT_WORKER[3:],
     "worker paused": AT_WORKER,
     "server killed": AT_SERVER,
-    "server stopped": AT_SERVER,
+    "server stopped": AT_SERVER[3:],
     "server paused": AT_SERVER,
     "mpirun killed": AT_SERVER,
     "mpirun: SIGTERM": AT_SERVER,
@@ -55,7 +67,7 @@ METHODS = {
         "aggregation.kind=factors",
         "initiating.mu=0",
     ),
-    "residual": ("federation.method=custom", "aggregation.kind=residual", "transport.uplink_dtype=int8"),
+    "residual": ("federation.method=custom", "aggregation.kind=residual"),
 }
 
 
@@ -120,6 +132,7 @@ class Federation:
         self.folder, self.out, self.tally = folder, folder / name, tally
         self.random = random.Random(f"federation {seed}")
         self.method = list(METHODS)[seed % len(METHODS)]
+        self.launches = 0
         self.waiting = 0  # runs that ended and wait to be shown resumable
 
     def play(self, whole, is_over):
@@ -154,7 +167,8 @@ class Federation:
         before, begun = saved(self.out), time.monotonic()
         may_be_silent = any(fault.what.endswith("stopped") for fault in faults)
         settings = [*METHODS[self.method], f"faults.worker_timeout_s={TIMEOUT_S if may_be_silent else 120}"]
-        log = self.folder / f"{self.out.name}.log"
+        self.launches += 1
+        log = self.folder / f"{self.out.name}.{self.launches}.log"
         with log.open("w") as output:
             program = (str(Path(small.__file__)),)
             processes = 1 + self.random.choice((2, 2, 3))
@@ -236,7 +250,7 @@ class Job:
             time.sleep(0.005)
         time.sleep(fault.delay_s)
         ids = {number: pid for number, pid in self.find().items() if not is_stopped(pid)}
-        met = sorted(phases(ids[victim]) & set(small.PHASES)) if victim in ids else []
+        met = [name for name in phases(ids.get(victim)) if name in small.PHASES]
         if not met or self.process.poll() is not None:
             return None
         self.do(fault.what, mpi_rank, ids)
@@ -244,7 +258,7 @@ class Job:
 
     def is_time(self, fault, base):
         """Say whether so many rounds are saved; what comes before or after all rounds waits for none."""
-        if fault.phase in ("start", "set-up", "export", "end"):
+        if fault.phase in ("start", "connect", "set-up", "export", "end"):
             return True
         names = [path.name for path in (self.out / "checkpoints").glob("round-*.safetensors")]
         last = max((int(name[6:11]) for name in names), default=0)
@@ -255,8 +269,8 @@ class Job:
         ids = self.find()
         if victim not in ids:
             return False
-        found = phases(ids[victim])
-        return bool(found & set(small.PHASES[2:])) if phase == "any" else phase in found
+        wanted = small.PHASES[3:] if phase == "any" else [phase]
+        return any(name in wanted for name in phases(ids[victim]))
 
     def do(self, what, mpi_rank, ids):
         who, _, how = what.partition(" ")
@@ -295,11 +309,12 @@ def waited(is_so, longest_s):
 
 
 def phases(pid):
-    """Return what the threads of a process do."""
-    found = set()
-    for file in Path(f"/proc/{pid}/task").glob("*/comm"):
-        with suppress(OSError):
-            found.add(file.read_text().strip())
+    """Return what a process does: what its main thread does, and whether another writes a checkpoint."""
+    found = []
+    with suppress(OSError):
+        found.append(Path(f"/proc/{pid}/comm").read_text().strip())
+        names = [file.read_text().strip() for file in Path(f"/proc/{pid}/task").glob("*/comm")]
+        found += {"checkpoint"} & set(names)
     return found
 
 

@@ -9,6 +9,7 @@ its message, the rows as they are, their sum, or the rows in parts while the nex
 
 from mpifedlora.transport.mpi.joining import Communicator, connect, is_launched
 from mpifedlora.transport.mpi.server import MpiServer
+from mpifedlora.transport.mpi.survival import is_fault_tolerant
 from mpifedlora.transport.mpi.worker import MpiWorker
 
-__all__ = ["Communicator", "MpiServer", "MpiWorker", "connect", "is_launched"]
+__all__ = ["Communicator", "MpiServer", "MpiWorker", "connect", "is_fault_tolerant", "is_launched"]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mpifedlora.core.agreement import STATUS_BYTES, Bytes, Status
 from mpifedlora.errors import RunLost, WorkerLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.survival import Survivor, survivable
+from mpifedlora.transport.mpi.survival import Survivor, survivable, vital
 from mpifedlora.transport.mpi.waiting import wait
 from mpifedlora.transport.mpi.watch import Watch
 
@@ -74,7 +74,7 @@ class Endpoint(Survivor):
         self._unit = MPI.BYTE
         self._watch: Watch | None = None
 
-    @survivable
+    @vital
     def exchange(self, status: Status) -> list[Status]:
         """Allgather one fixed-size record a process."""
         records = np.zeros((self.world_size, STATUS_BYTES), np.uint8)
@@ -100,6 +100,7 @@ class Endpoint(Survivor):
         self.order_bytes = ORDER_BYTES + plan_bytes(len(shapes.modules), num_clients)
         self._unit = self._mpi.BYTE.Create_contiguous(UNIT_BYTES).Commit()
 
+    @vital
     def share(self, content: bytes) -> bytes:
         """Broadcast bytes of any number from the server, and return them.
 
@@ -131,6 +132,7 @@ class Endpoint(Survivor):
         wait(self._begun(self.comm.Iallgatherv(np.frombuffer(content, np.uint8), [buffer, sizes.tolist()])))
         return [part.tobytes() for part in np.split(buffer, np.cumsum(sizes)[:-1])]
 
+    @vital
     def watch(self, timeout_s: float | None, resume: str) -> None:
         """End the job when a process that it cannot do without is dead or silent; every process calls it.
 

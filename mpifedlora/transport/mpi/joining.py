@@ -61,8 +61,9 @@ def connect(comm: Communicator | None = None) -> MpiServer | MpiWorker | None:
             )
         return None
     own = world.Dup()
-    own.Set_errhandler(MPI.ERRORS_RETURN)  # a dead process is an exception, not the end
-    return MpiServer(own, _place(own)) if world.rank == 0 else MpiWorker(own, _place(own))
+    place = _place(own)
+    own.Set_errhandler(MPI.ERRORS_RETURN)  # from now on a dead process is an exception, not the end
+    return MpiServer(own, place) if world.rank == 0 else MpiWorker(own, place)
 
 
 def _place(comm: Communicator) -> NodePlace:

@@ -100,6 +100,23 @@ def survivable(step: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, 
     return guarded
 
 
+def vital(step: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """Make a step of the set-up raise RunLost, everywhere, where a process has died: nothing is to repeat."""
+
+    @wraps(step)
+    def guarded(end: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return survivable(step)(end, *args, **kwargs)
+        except WorkerLost as loss:
+            end.repair()
+            end._tells = end.is_server
+            raise RunLost(
+                f"all processes must live until the first round begins, but {loss}; start it again"
+            ) from loss
+
+    return guarded
+
+
 class Survivor:
     """The part of an end that lives on when other processes die.
 
@@ -108,6 +125,7 @@ class Survivor:
     """
 
     library: str
+    is_server: bool
 
     def __init__(self, comm: MPI.Comm) -> None:
         from mpi4py import MPI
