@@ -83,7 +83,7 @@ def mark(owner, name, phase):
 def mark_phases():
     from mpifedlora.io import checkpoints
     from mpifedlora.io.results import ResultsWriter
-    from mpifedlora.runtime import federation, launch, server, worker
+    from mpifedlora.runtime import exporting, launch, server, worker
     from mpifedlora.transport.mpi import MpiServer, MpiWorker
 
     for owner, name, phase in (
@@ -101,7 +101,7 @@ def mark_phases():
         (server.Server, "_measure", "measure"),
         (ResultsWriter, "write", "results"),
         (checkpoints, "replace_file", "checkpoint"),
-        (federation, "_export", "export"),
+        (exporting.TrainedModel, "write_all", "export"),
         (server.Server, "_stop", "end"),
     ):
         mark(owner, name, phase)
@@ -112,8 +112,7 @@ def put_in_place():
     import torch
     from torch import nn
 
-    from mpifedlora.runtime import setup
-    from mpifedlora.training import local, lora_layers, models, tasks
+    from mpifedlora.training import local, lora_layers, models, task
     from mpifedlora.training.base import BaseModel, Logits
     from mpifedlora.training.lora_layers import ACTIVE
 
@@ -188,8 +187,8 @@ def put_in_place():
         def step(self):
             self.flat.sub_(self.grad, alpha=self.learning_rate)
 
-    def build_base_model(config, num_labels):
-        torch.manual_seed(config.federation.seed)
+    def build_base(name, *, num_labels, seed, **options):
+        torch.manual_seed(seed)
         return BaseModel(Classifier(num_labels), ("head",))
 
     class Tokenizer:
@@ -204,8 +203,8 @@ def put_in_place():
         config.to_dict = lambda: {key: value for key, value in vars(config).items() if key != "to_dict"}
         return config
 
-    models.adapt, setup.build_base_model, lora_layers.lora_config = adapt, build_base_model, lora_config
-    tasks.load_tokenizer = lambda name: Tokenizer()
+    models.adapt, task.build_base, lora_layers.lora_config = adapt, build_base, lora_config
+    task.load_tokenizer = lambda name: Tokenizer()
     local._optimizer = lambda flat, grad, settings, learning_rate: Descent(flat, grad, learning_rate)
 
 

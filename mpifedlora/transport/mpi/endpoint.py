@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mpifedlora.core.agreement import STATUS_BYTES, Bytes, Status
 from mpifedlora.errors import RunLost, WorkerLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.survival import Survivor, survivable, vital
+from mpifedlora.transport.mpi.survival import Survivor, vital
 from mpifedlora.transport.mpi.waiting import wait
 from mpifedlora.transport.mpi.watch import Watch
 
@@ -123,7 +123,7 @@ class Endpoint(Survivor):
             wait(self._begun(self.comm.Ibcast([piece, self._mpi.BYTE])))
         return content if self.is_server else buffer.tobytes()
 
-    @survivable
+    @vital
     def pool(self, content: bytes) -> list[bytes]:
         """Allgather bytes of any number from every process, and return them, the server's first."""
         sizes = np.zeros(self.world_size, np.int64)
