@@ -46,4 +46,4 @@ def test_where_a_worker_dies_in_the_set_up_the_job_can_be_started_again(folder, 
     code, output = killed_in("set-up", 2, folder, tmp_path / "run")
     assert code == 75
     assert "worker 1" in output
-    assert output.count("start it again") == 1
+    assert output.count("has died before the first round") == 1

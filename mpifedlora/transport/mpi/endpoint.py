@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mpifedlora.core.agreement import STATUS_BYTES, Bytes, Status
-from mpifedlora.errors import RunLost, WorkerLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
 from mpifedlora.transport.mpi.survival import Survivor, vital
 from mpifedlora.transport.mpi.waiting import wait
@@ -102,20 +101,7 @@ class Endpoint(Survivor):
 
     @vital
     def share(self, content: bytes) -> bytes:
-        """Broadcast bytes of any number from the server, and return them.
-
-        Raises:
-            RunLost: if a process has died: nothing is lost yet that a new start would not have.
-        """
-        try:
-            return self._shared(content)
-        except WorkerLost as loss:
-            if not self.is_server:
-                time.sleep(_OTHERS_TELL_S)  # the server ends the job by then, if it has heard
-            raise RunLost(f"{loss} before the first round; {self._resume}") from loss
-
-    @survivable
-    def _shared(self, content: bytes) -> bytes:
+        """Broadcast bytes of any number from the server, and return them."""
         size = np.array([len(content)], np.int64)
         wait(self._begun(self.comm.Ibcast(size)))
         buffer = np.frombuffer(content, np.uint8) if self.is_server else np.empty(int(size[0]), np.uint8)

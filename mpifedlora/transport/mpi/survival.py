@@ -110,9 +110,7 @@ def vital(step: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T
         except WorkerLost as loss:
             end.repair()
             end._tells = end.is_server
-            raise RunLost(
-                f"all processes must live until the first round begins, but {loss}; start it again"
-            ) from loss
+            raise RunLost(f"{loss} before the first round; {end._resume}") from loss
 
     return guarded
 
