@@ -104,7 +104,11 @@ def _budget(config: RunConfig) -> str:
 
 
 def label_lines(
-    table: Ints, names: Sequence[str], most: int = MAX_LABELS, client_names: Sequence[str] = ()
+    table: Ints,
+    names: Sequence[str],
+    most: int = MAX_LABELS,
+    client_names: Sequence[str] = (),
+    whole: str = "label_table in results.h5",
 ) -> Iterator[str]:
     """Return the clients' label counts as a table; the most frequent labels, and the first clients.
 
@@ -113,6 +117,7 @@ def label_lines(
         names: of the labels.
         most: labels that have a column of their own.
         client_names: by client id, or none.
+        whole: what has all clients.
     """
     by_size = np.argsort(-table.sum(axis=0), kind="stable")
     # One label tells no more than the sum.
@@ -127,7 +132,7 @@ def label_lines(
         name = f" {client_names[client_id]}" if client_names else ""
         yield _cells(str(client_id), [str(count) for count in row]) + name
     if len(table) > MAX_CLIENTS:
-        yield f"... and {len(table) - MAX_CLIENTS} more clients (label_table in results.h5 has all)"
+        yield f"... and {len(table) - MAX_CLIENTS} more clients ({whole} has all)"
 
 
 def _cells(first: str, others: Sequence[str]) -> str:

@@ -29,21 +29,8 @@ Check = Callable[[], Iterable[Finding]]
 
 def examine() -> Iterator[Finding]:
     """Look at everything, two checks at a time, and give the findings in a fixed order as they come."""
-    checks: Sequence[Check] = (
-        check_python,
-        check_packages,
-        check_torch,
-        check_models,
-        check_hdf5,
-        check_mpi,
-        check_exchange,
-        check_cluster,
-        check_cores,
-        check_folders,
-        check_data,
-    )
     with ThreadPoolExecutor(2) as pool:
-        for findings in pool.map(_attempt, checks):
+        for findings in pool.map(_attempt, CHECKS):
             yield from findings
 
 
@@ -187,3 +174,18 @@ def check_data() -> Iterator[Finding]:
     advice = f"on a machine with a network: mpifedlora data fetch {' '.join(missing)}" if missing else ""
     text = f"fetched: {', '.join(here) or 'none'}" + (f"; not yet: {', '.join(missing)}" if missing else "")
     yield Finding("data", "ok" if here else "note", text, "" if here else advice)
+
+
+CHECKS: Sequence[Check] = (
+    check_python,
+    check_packages,
+    check_torch,
+    check_models,
+    check_hdf5,
+    check_mpi,
+    check_exchange,
+    check_cluster,
+    check_cores,
+    check_folders,
+    check_data,
+)

@@ -20,7 +20,11 @@ from mpifedlora.runtime.outlook import Comparison, Outlook
 
 _HEADS = ("rounds", "stage", "trains", "tau", "rank", "clients", "up", "down", "time")
 _NAMES = {"adapter": "A, B", "full": "all", "a": "A", "b": "B"}
+MOST_LINES = 24
+"""Of the table of rounds."""
 _GIGABIT = 1.25e8  # bytes
+
+_Row = tuple[RoundForecast, float]
 
 
 def outlook_lines(outlook: Outlook, width: int) -> Iterator[str]:
@@ -35,7 +39,8 @@ def outlook_lines(outlook: Outlook, width: int) -> Iterator[str]:
     yield from _wrapped(method_line(outlook.config), width)
     table = outlook.data.label_table()
     most = min(MAX_LABELS, max(1, (width - 7) // (LABEL_WIDTH + 1) - 2))
-    yield from label_lines(table, outlook.data.dataset.label_names, most)
+    data = outlook.data
+    yield from label_lines(table, data.dataset.label_names, most, data.client_names, "--json")
     yield ""
     yield from _round_lines(outlook)
     yield ""
@@ -70,15 +75,8 @@ def _who_line(outlook: Outlook) -> str:
 
 def _round_lines(outlook: Outlook) -> Iterator[str]:
     durations = outlook.round_s(is_shared=False) or [math.nan] * len(outlook.rounds)
-    rows = [
-        (number, _row(one, duration))
-        for number, (one, duration) in enumerate(zip(outlook.rounds, durations, strict=True), 1)
-    ]
-    table: list[tuple[str, ...]] = [_HEADS]
-    for cells, group in itertools.groupby(rows, key=lambda row: row[1]):
-        numbers = [number for number, _ in group]
-        span = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-        table.append((span, *cells))
+    rows = list(zip(outlook.rounds, durations, strict=True))
+    table: list[tuple[str, ...]] = [_HEADS, *map(_cells_of, _grouped(rows))]
     if not outlook.speed:
         table = [row[:-1] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -86,26 +84,51 @@ def _round_lines(outlook: Outlook) -> Iterator[str]:
         yield "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
 
 
-def _row(one: RoundForecast, duration_s: float) -> tuple[str, ...]:
-    plan = one.high.plan
-    return (
-        plan.stage,
-        _NAMES[plan.scope],
-        f"{plan.temperature:.2f}",
-        "-" if plan.scope == "full" else _span(one, _mean_rank, lambda value: f"{value:.1f}"),
-        _span(one, lambda end: len(end.plan.cohort), str),
-        _span(one, lambda end: end.uplink.bytes, human_bytes),
-        _span(one, lambda end: end.downlink.bytes, human_bytes),
-        human_time(duration_s),
+def _grouped(rows: list[_Row]) -> list[list[_Row]]:
+    """Put rounds that follow one another into one line: equal ones, or of equal ranks, or so many."""
+    size = -(-len(rows) // MOST_LINES)
+    keys: tuple[Callable[[_Row], object], ...] = (
+        lambda row: _cells_of([row])[1:],
+        lambda row: (row[0].high.plan.stage, row[0].high.plan.scope, _ranks_of([row[0]])),
+        lambda row: (row[0].high.plan.stage, row[0].high.plan.scope, row[0].high.plan.round_num // size),
     )
+    groups: list[list[_Row]] = []
+    for key in keys:
+        groups = [list(group) for _, group in itertools.groupby(rows, key)]
+        if len(groups) <= MOST_LINES:
+            break
+    return groups
+
+
+def _cells_of(group: list[_Row]) -> tuple[str, ...]:
+    """Return the cells of a line: what its rounds have in common, or from the least to the most of them."""
+    rounds = [one for one, _ in group]
+    first, last = rounds[0].high.plan, rounds[-1].high.plan
+    return (
+        _between(str(first.round_num), str(last.round_num)),
+        first.stage,
+        _NAMES[first.scope],
+        _between(f"{first.temperature:.2f}", f"{last.temperature:.2f}"),
+        _ranks_of(rounds),
+        _span(rounds, lambda end: len(end.plan.cohort), str),
+        _span(rounds, lambda end: end.uplink.bytes, human_bytes),
+        _span(rounds, lambda end: end.downlink.bytes, human_bytes),
+        _between(*(human_time(pick(seconds for _, seconds in group)) for pick in (min, max))),
+    )
+
+
+def _ranks_of(rounds: list[RoundForecast]) -> str:
+    if rounds[0].high.plan.scope == "full":
+        return "-"
+    return _span(rounds, _mean_rank, lambda value: f"{value:.1f}")
 
 
 def _mean_rank(end: Bound) -> float:
     return sum(end.plan.lora_ranks) / len(end.plan.lora_ranks)
 
 
-def _span(one: RoundForecast, value: Callable[[Bound], Any], show: Callable[[Any], str]) -> str:
-    return _between(show(value(one.low)), show(value(one.high)))
+def _span(rounds: list[RoundForecast], value: Callable[[Bound], Any], show: Callable[[Any], str]) -> str:
+    return _between(show(min(value(one.low) for one in rounds)), show(max(value(one.high) for one in rounds)))
 
 
 def _between(low: str, high: str) -> str:

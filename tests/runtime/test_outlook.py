@@ -12,12 +12,13 @@ from federations import PRESETS, TWO_OF_FOUR, UNLIKE, VARIANTS
 from support import make_run_file
 
 from mpifedlora.core.methods import METHODS
+from mpifedlora.core.units import human_bytes
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.results import Results, read_results
 from mpifedlora.runtime import launch
 from mpifedlora.runtime.building import build_model, build_task
 from mpifedlora.runtime.outlook import Outlook, look_ahead
-from mpifedlora.runtime.outlook_text import outlook_lines, outlook_values
+from mpifedlora.runtime.outlook_text import MOST_LINES, outlook_lines, outlook_values
 
 WIRE = ["transport.uplink_dtype=int8", "transport.downlink_dtype=bfloat16"]
 EXACT = {
@@ -156,6 +157,21 @@ def test_bounds_are_shown_as_such_with_their_reason(folder: Path) -> None:
     assert any("bounds, as long as" in line for line in lines)
     assert any('annealing.allocation = "spectral" follows the updates' in line for line in lines)
     assert not any("time" in line.split()[-1:] for line in lines)  # no column without a calibration
+
+
+def test_many_rounds_are_told_in_few_lines(folder: Path) -> None:
+    settings = ["federation.num_rounds=400", "lora.rank_max=4", TWO_OF_FOUR]
+    outlook = planned(folder, settings)
+    lines = list(outlook_lines(outlook, 80))
+    begin = next(number for number, line in enumerate(lines) if line.startswith("rounds"))
+    table = lines[begin + 1 : lines.index("", begin)]
+    assert len(table) <= MOST_LINES
+    spans = [[int(number) for number in line.split()[0].split("-")] for line in table]
+    covered = [number for span in spans for number in range(span[0], span[-1] + 1)]
+    assert covered == list(range(1, 401))
+    downs = [one.high.downlink.bytes for one in outlook.rounds[spans[-1][0] - 1 :]]
+    assert human_bytes(max(downs)) in table[-1]
+    assert human_bytes(min(downs)).split()[0] in table[-1]
 
 
 def test_values_are_json(folder: Path) -> None:
