@@ -26,7 +26,7 @@ from mpifedlora.training.base import FEATURE_SCALE, load_weights
 from mpifedlora.training.merging import merge_adapter, save_model
 from mpifedlora.training.task import TextTask
 
-_PIPELINES = {"classification": "text-classification"}
+_PIPELINES = {"classification": "text-classification", "causal-lm": "text-generation"}
 
 
 def export(

@@ -17,8 +17,9 @@ from mpifedlora import load_base_model, read_results
 from mpifedlora.errors import CheckpointError, ConfigError
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime import launch
+from mpifedlora.runtime.data import read_data
 from mpifedlora.runtime.export import export
-from mpifedlora.runtime.setup import read_data
+from mpifedlora.transport.inprocess import Alone
 
 KEEP = ("checkpoint.keep=4",)
 RUNS = {
@@ -50,7 +51,7 @@ def made(tmp_path_factory):
 def figures(logits_of, run_folder):
     """Return loss and accuracy on the run's test examples of what gives logits for a batch."""
     config = read_run_file(run_folder / "run.toml").config
-    test = read_data(config).dataset.test
+    test = read_data(config, Alone()).dataset.test
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     batch = tokenizer(
         list(test.columns["text"]), return_tensors="pt", padding=True, truncation=True, max_length=24

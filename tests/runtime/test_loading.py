@@ -87,14 +87,14 @@ def finished(tiny_folder, tiny_run_file, tmp_path_factory):
         if name not in runs:
             out = tmp_path_factory.mktemp("runs") / name
             seen = []
-            export = federation._export
+            make_server = federation._server
 
-            def spy(folder, config, replica, coordinator):
+            def spy(config, coordinator, replica, *others):
                 seen.append((replica, coordinator))
-                export(folder, config, replica, coordinator)
+                return make_server(config, coordinator, replica, *others)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(federation, "_export", spy)
+                patch.setattr(federation, "_server", spy)
                 assert run(tiny_run_file, [*FEW_ROUNDS, *{**RUNS, **PERSONAL}[name]], out, False) == 0
             runs[name] = Finished(out, *seen[0])
         return runs[name]

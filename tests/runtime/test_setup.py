@@ -7,12 +7,14 @@ import pytest
 import torch
 from support import flatten, random_values
 
+from mpifedlora.core.history import Trained
 from mpifedlora.core.partition import label_table
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.errors import AdapterError, ConfigError
 from mpifedlora.io.model_files import check_targets
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime.data import read_data
+from mpifedlora.runtime.exporting import TrainedModel
 from mpifedlora.runtime.setup import (
     build_replica,
     choose_device,
@@ -136,7 +138,11 @@ def test_a_personal_adapter_is_the_global_a_with_the_clients_own_part(tiny_run_f
     own = plan.personal_layout(shapes, 1)
     kept = random_values(own.num_values, seed=1)
     replica.memory.store.write(1, 1, {"personal": kept})
-    factors, head = replica.personal_adapter(plan, 1)
+    trained = Trained(shapes, plan, replica.model.state, [])
+    config = config_of(tiny_run_file, "federation.method=fedsa-lora")
+    model = TrainedModel(config, replica.model, trained, replica.memory)
+    assert (model.keeps_b, model.has_adapter, model.clients) == (True, False, [1])
+    factors, head = model.adapter(1)
     expected = plan.layout(shapes).factors(replica.model.state)
     assert all(torch.equal(got.a, wanted.a) for got, wanted in zip(factors, expected, strict=True))
     assert torch.equal(flatten([(part.b,) for part in factors], []), kept)
