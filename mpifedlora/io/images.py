@@ -21,6 +21,7 @@ import numpy.typing as npt
 from mpifedlora.errors import DataError
 from mpifedlora.io.array_cache import Int32, cached_values
 from mpifedlora.io.data_fetch import PACKAGED, packaged_folder, read_packaged
+from mpifedlora.io.row_streams import is_saved_dataset
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -50,7 +51,7 @@ def is_image_source(source: str) -> bool:
     if source in PACKAGED_IMAGES:
         return True
     folder = Path(source).expanduser()
-    return folder.is_dir() and bool(_subfolders(folder))
+    return folder.is_dir() and not is_saved_dataset(source) and bool(_subfolders(folder))
 
 
 def open_images(source: str) -> dict[str, Callable[[], Images]]:

