@@ -38,6 +38,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Data type of the base weights; adapters are always float32."
     )
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="Base weights of the linear layers in 8 or 4 bits (QLoRA, arXiv 2305.14314); needs a GPU "
+        "for every process, and the package bitsandbytes.",
+    )
     dropout: float | None = Field(
         None, ge=0, lt=1, description="Dropout inside the base model; by default the model's own."
     )

@@ -49,5 +49,22 @@ def _dora_is_not_exact(config: RunTables) -> None:
     needs(config, "an adapter that is aggregated and cut", "lora.use_dora", False, why=why)
 
 
+def _quantized_weights_are_fixed(config: RunTables) -> None:
+    if config.model.quantize == "none":
+        return
+    subject, why = switch(config, "model.quantize"), "weights in 8 or 4 bits are neither trained nor added to"
+    needs(config, subject, "training.scope", "adapter", "b-only", "alternating", why=why)
+    if config.initiating.rounds:
+        needs(config, subject, "initiating.scope", "adapter", why=why)
+    needs(config, subject, "aggregation.kind", "product", "factors", "zero-pad", why=why)
+    needs(config, subject, "training.compile", False, why="torch cannot compile these layers")
+
+
 _LANGUAGE = "only a language model reads prompts and responses"
-TASK_RULES = (_task_is_known, _labels_are_there, _packing_has_rows, _dora_is_not_exact)
+TASK_RULES = (
+    _task_is_known,
+    _labels_are_there,
+    _packing_has_rows,
+    _dora_is_not_exact,
+    _quantized_weights_are_fixed,
+)

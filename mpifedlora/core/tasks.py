@@ -6,9 +6,11 @@ What a task computes is in `mpifedlora.training.tasks`; here is what can be know
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mpifedlora.core.sections import DataConfig
 from mpifedlora.core.task_config import TaskConfig
+from mpifedlora.errors import ConfigError
 
 BUILT_IN = ("classification", "causal-lm", "image-classification")
 """Names of the tasks that come with the package."""
@@ -51,4 +53,39 @@ def label_column(task: TaskConfig, data: DataConfig) -> str | None:
     return data.label_column
 
 
+def longest_input(config: Mapping[str, Any]) -> int | None:
+    """Return the most tokens that a model has positions for, by its configuration, or None.
+
+    >>> longest_input({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1})
+    512
+    """
+    if config.get("position_biased_input") is False:  # DeBERTa's relative positions alone
+        return None
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    if not isinstance(found, int) or found < 1:
+        return None
+    counts_from_padding = config.get("model_type") in _FROM_PADDING
+    return found - (config.get("pad_token_id") or 0) - 1 if counts_from_padding else found
+
+
+def check_length(config: Mapping[str, Any], max_length: int, name: str) -> None:
+    """Check that examples are no longer than a model has positions for.
+
+    Args:
+        config: of the model.
+        max_length: tokens of an example.
+        name: of the model.
+
+    Raises:
+        ConfigError: if they are.
+    """
+    longest = longest_input(config)
+    if longest is not None and max_length > longest:
+        raise ConfigError(
+            f"data.max_length must be at most what the model has positions for, got {max_length} and "
+            f"{longest} ({name}); lower data.max_length"
+        )
+
+
+_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "ibert")
 _LABELLED = ("classification", "image-classification")

@@ -6,11 +6,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mpifedlora.core.memory_estimate import Matrix, ModelSizes
 from mpifedlora.core.names import describe_no_match
+from mpifedlora.core.tasks import check_length
 from mpifedlora.errors import AdapterError
 from mpifedlora.io.data_fetch import minilm_folder
 
@@ -50,6 +52,18 @@ def check_model_folder(name: str) -> None:
             f"a model folder must hold weights (*.safetensors or pytorch_model*.bin), got none in {name}; "
             "download or copy the whole model"
         )
+
+
+def check_positions(name: str, max_length: int) -> None:
+    """Check `data.max_length` against a model folder's configuration; hub names are left to the full check.
+
+    Raises:
+        ConfigError: if the model has positions for fewer tokens.
+    """
+    config: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # loading the model says what is wrong with it
+        config = json.loads((Path(name) / "config.json").read_text())
+    check_length(config, max_length, name)
 
 
 def check_targets(name: str, target_modules: str | Sequence[str]) -> None:

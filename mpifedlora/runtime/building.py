@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpifedlora.core.config import RunConfig
-from mpifedlora.core.tasks import is_own
+from mpifedlora.core.tasks import check_length, is_own
 from mpifedlora.io.model_files import model_path
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def build_task(config: RunConfig, label_names: Sequence[str], device: str = "cpu
     """
     from mpifedlora.io.task_files import load_builder
     from mpifedlora.io.token_cache import cached_tokens
+    from mpifedlora.training.base import quantized
     from mpifedlora.training.task import TaskSetup
     from mpifedlora.training.tasks import TASKS, build_task
 
@@ -49,7 +50,13 @@ def build_task(config: RunConfig, label_names: Sequence[str], device: str = "cpu
         options=config.task.options,
         cache=cached_tokens,
     )
-    return build_task(name, builder, setup)
+    quantize = model.quantize if device.startswith("cuda") else "none"  # elsewhere a run is only read
+    with quantized(quantize, model.dtype, device):
+        base, task = build_task(name, builder, setup)
+    described: Any = getattr(base.module, "config", None)
+    if described is not None and name != "image-classification":
+        check_length(described.to_dict(), config.data.max_length, model.name)
+    return base, task
 
 
 def read_shapes(config: RunConfig, label_names: Sequence[str]) -> ModelShapes:

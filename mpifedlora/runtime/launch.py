@@ -176,6 +176,7 @@ def _build(
     device = setup.choose_device(
         training.device, setup.num_visible_gpus(), place.worker_index, place.num_workers
     )
+    setup.check_quantization(config.model.quantize, device)
     buffers = _gpu_buffers(config, device, endpoint)
     threads = setup.choose_threads(training.threads, place.num_cores, place.num_sharing_cores)
     setup.configure_torch(threads, device, is_deterministic=config.federation.reproducible)

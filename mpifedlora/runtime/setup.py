@@ -7,6 +7,7 @@ is loaded. The second builds what every process needs.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from mpifedlora.core.partition import share_alike
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.datasets import Dataset
-from mpifedlora.io.model_files import check_model_folder, check_targets, model_path
+from mpifedlora.io.model_files import check_model_folder, check_positions, check_targets, model_path
 from mpifedlora.io.tables import Examples
 from mpifedlora.io.trackers import check_trackers
 from mpifedlora.runtime.building import build_model, build_task
@@ -53,6 +54,8 @@ def check_inputs(config: RunConfig) -> None:
 
         spent_epsilon(0, 1.0, config.privacy.noise_multiplier, config.privacy.delta)
     check_targets(path, config.lora.target_modules)
+    if config.task.name != "image-classification":
+        check_positions(path, config.data.max_length)
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,30 @@ def choose_threads(requested: int | None, num_cores: int, num_sharing: int) -> i
     (4, 1, 1)
     """
     return requested or max(1, num_cores // num_sharing)
+
+
+def check_quantization(quantize: str, device: str) -> None:
+    """Check that a process can hold base weights in 8 or 4 bits.
+
+    Args:
+        quantize: `[model] quantize`.
+        device: of this process.
+
+    Raises:
+        ConfigError: if it has no GPU, or the package bitsandbytes is missing.
+    """
+    if quantize == "none":
+        return
+    if not device.startswith("cuda"):
+        raise ConfigError(
+            f'model.quantize = "{quantize}" needs a GPU for every process, the server too, got {device}; ask '
+            'for one GPU more than there are workers on the server\'s node, or set model.quantize = "none"'
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f'model.quantize = "{quantize}" needs the package bitsandbytes, got none; run '
+            "`pip install 'mpifedlora[gpu]'`"
+        )
 
 
 def choose_device(requested: str, num_visible: int, worker_index: int, num_workers: int) -> str:

@@ -69,9 +69,15 @@ class MeanPoolingClassifier(nn.Module):
 
 
 class _Loading:
-    """Where the weights of base models that are loaded now go; None is the CPU."""
+    """How base models are loaded now: where to (None is the CPU), and in how many bits."""
 
-    device_map: str | None = None
+    device_map: str | dict[str, str] | None = None
+    quantization: Any = None
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        found = {"device_map": cls.device_map, "quantization_config": cls.quantization}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @contextmanager
@@ -85,6 +91,40 @@ def without_weights() -> Iterator[None]:
         yield
     finally:
         _Loading.device_map = before
+
+
+@contextmanager
+def quantized(kind: str, dtype: str, device: str) -> Iterator[None]:
+    """Load base models with linear layers in 8 or 4 bits inside this block.
+
+    Args:
+        kind: `int8`, `nf4` or `none`.
+        dtype: of what is not quantised, and that 4-bit layers compute in.
+        device: where the model is loaded to.
+    """
+    before = _Loading.device_map, _Loading.quantization
+    if kind != "none":
+        from transformers import BitsAndBytesConfig
+
+        _Loading.device_map = {"": device}
+        _Loading.quantization = BitsAndBytesConfig(
+            load_in_8bit=kind == "int8",
+            load_in_4bit=kind == "nf4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            llm_int8_skip_modules=["lm_head", "score", "classifier", "pre_classifier", "pooler"],
+        )
+    try:
+        yield
+    finally:
+        _Loading.device_map, _Loading.quantization = before
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Say whether a layer's weight is kept in 8 or 4 bits."""
+    weight: Any = module.weight
+    return not weight.is_floating_point()
 
 
 def build_base(
@@ -176,7 +216,7 @@ def _mean_pooling(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     kind = AutoConfig.from_pretrained(name).model_type
     # BERT's pooler would be trained by nobody and yet exchanged by the full scope.
     options = {"add_pooling_layer": False} if kind in _WITH_POOLER else {}
-    encoder = AutoModel.from_pretrained(name, dtype=dtype, device_map=_Loading.device_map, **options)
+    encoder = AutoModel.from_pretrained(name, dtype=dtype, **_Loading.options(), **options)
     return BaseModel(MeanPoolingClassifier(encoder, num_labels), ("classifier",))
 
 
@@ -189,7 +229,7 @@ def _stock(
         name,
         num_labels=num_labels,
         dtype=dtype,
-        device_map=_Loading.device_map,
+        **_Loading.options(),
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
@@ -217,7 +257,7 @@ def _head_names(model: nn.Module, fresh: set[str]) -> set[str]:
 def _causal_lm(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=_Loading.device_map)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_Loading.options())
     model.config.use_cache = False  # training would fill it for nothing
     output = model.get_output_embeddings()
     return BaseModel(model, (), tuple(each for each, module in model.named_modules() if module is output))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mpifedlora.core.layout import Factors, ModelShapes
 from mpifedlora.core.names import describe_no_match
 from mpifedlora.errors import AdapterError
+from mpifedlora.training.base import is_quantized
 
 ACTIVE, FROZEN = "default", "frozen"
 
@@ -109,7 +110,8 @@ def adapt(model: nn.Module, names: list[str], options: dict[str, Any]) -> Any:
 
     # Rank 1 is a place-holder: the first bind brings the real ranks.
     config = lora_config(names, options, 1, 1.0)
-    config._register_custom_module({nn.Linear: FusedLinear})
+    if not any(is_quantized(model.get_submodule(name)) for name in names):  # PEFT has layers for these
+        config._register_custom_module({nn.Linear: FusedLinear})
     with warnings.catch_warnings():
         # Of transformers, for a name that PEFT asks for.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -163,6 +165,6 @@ def fix(parameters: Sequence[nn.Parameter]) -> None:
 
 def nothing(layer: Any) -> Factors:
     """Return factors of rank 1 whose product is zero."""
-    out_features, in_features = layer.base_layer.weight.shape
+    out_features, in_features = layer.base_layer.out_features, layer.base_layer.in_features
     device = layer.base_layer.weight.device
     return Factors(torch.zeros(1, in_features, device=device), torch.zeros(out_features, 1, device=device))

@@ -20,7 +20,7 @@ from mpifedlora.core.layout import AdapterLayout, Factors, copy_common
 from mpifedlora.core.plan import RoundPlan, Segments
 from mpifedlora.core.server_optimizer import Cut, CutMap, carry_variate
 from mpifedlora.errors import ConfigError
-from mpifedlora.training.base import BaseModel, MeanPoolingClassifier, recompute_activations
+from mpifedlora.training.base import BaseModel, MeanPoolingClassifier, is_quantized, recompute_activations
 from mpifedlora.training.flat import digest, flatten, point, views
 from mpifedlora.training.lora_layers import (
     ACTIVE,
@@ -249,7 +249,11 @@ class FederatedModel:
         }
         per_module = zip(self._layers, layout.modules, layout.factors(values), self._frozen, strict=True)
         for layer, module, factors, kept in per_module:
-            if module.name in dense:
+            if module.name in dense and is_quantized(layer.base_layer):
+                identity = torch.eye(module.in_features, device=self.device)
+                kept.append(Factors(identity, dense[module.name]))
+                self._set_frozen(layer, kept)
+            elif module.name in dense:
                 layer.base_layer.weight.data.add_(dense[module.name], alpha=self.scaling)
             elif self._folds:
                 layer.base_layer.weight.data.addmm_(factors.b, factors.a, alpha=self.scaling)

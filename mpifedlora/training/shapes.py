@@ -31,10 +31,19 @@ class ModelParts(NamedTuple):
     def shapes(self) -> ModelShapes:
         """What the core needs of them; weights may be on the device `meta`."""
         return ModelShapes(
-            tuple(LinearShape(name, *linear.weight.shape) for name, linear in self.linears.items()),
+            tuple(
+                LinearShape(name, linear.out_features, linear.in_features)
+                for name, linear in self.linears.items()
+            ),
             tuple(TensorShape(name, tuple(parameter.shape)) for name, parameter in self.head.items()),
-            tuple(TensorShape(name, tuple(parameter.shape)) for name, parameter in self.body.items()),
+            tuple(TensorShape(name, self._shape(name, parameter)) for name, parameter in self.body.items()),
         )
+
+    def _shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Return a parameter's own shape, also where its values are packed."""
+        linear = self.linears.get(name.removesuffix(".weight"))
+        is_weight = linear is not None and name.endswith(".weight")
+        return (linear.out_features, linear.in_features) if linear and is_weight else tuple(parameter.shape)
 
 
 def find_parts(
