@@ -430,7 +430,7 @@ def _is_required(schema: Any) -> bool:
 # Keys that the rules between the tables tie to each other, and what goes together of them.
 TIED = (
     "task.packing task.template data.messages_column lora.use_dora task.name task.sha256 task.options "
-    "data.columns model.dtype federation.sampling lora.client_ranks "
+    "data.columns model.dtype model.quantize federation.sampling lora.client_ranks "
     "lora.client_capacities initiating.scope "
     "annealing.allocation aggregation.kind aggregation.weights aggregation.robust aggregation.norm_bound "
     "training.scope training.personal training.control_variates server_optimizer.kind privacy.clip_norm "
@@ -457,7 +457,7 @@ COHERENT: list[dict[str, Any]] = [
     {"training.control_variates": True, "aggregation.kind": "factors", "annealing.schedule": "linear"}
     | {"training.optimizer": "sgd", "training.momentum": 0.0, "training.mu": 0.0, "initiating.rounds": 0},
     {"transport.collect": "reduce", "federation.reproducible": False, "training.compile": True, **FIXED},
-    {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "bfloat16"},
+    {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "bfloat16", "model.quantize": "nf4"},
     {"faults.round_deadline_s": 9.0, "faults.late": "next-round", "federation.reproducible": False},
     {"transport.uplink_dtype": "float16", "transport.error_feedback": True, **FIXED},
 ]
