@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.tasks import check_length, is_own
+from mpifedlora.errors import AdapterError
 from mpifedlora.io.model_files import model_path
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ def read_shapes(config: RunConfig, label_names: Sequence[str]) -> ModelShapes:
     from mpifedlora.training.base import without_weights
     from mpifedlora.training.shapes import find_parts
 
-    with without_weights():
+    try:
+        with without_weights():
+            base, _ = build_task(config, label_names)
+    except AdapterError:  # whatever is wrong, or a user's builder that looks at the weights
         base, _ = build_task(config, label_names)
     return find_parts(base, config.lora.target_modules, config.lora.modules_to_save).shapes
 

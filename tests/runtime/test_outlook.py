@@ -119,6 +119,19 @@ def test_shapes_without_weights_are_those_of_the_model(folder: Path, head: str) 
     assert build_model(outlook.config, base).shapes == outlook.shapes
 
 
+def test_a_builder_that_looks_at_the_weights_gets_them(folder: Path, tmp_path: Path) -> None:
+    builder = tmp_path / "mytask.py"
+    builder.write_text(
+        "from mpifedlora.training.tasks import TASKS\n"
+        "def build(setup):\n"
+        "    base, task = TASKS['classification'](setup)\n"
+        "    assert float(next(base.module.parameters()).abs().sum()) > 0\n"
+        "    return base, task\n"
+    )
+    own = planned(folder, [f"task.name={builder}:build", "data.label_column=label"])
+    assert own.shapes == planned(folder, []).shapes
+
+
 def test_a_calibration_times_real_steps_of_every_scope(folder: Path) -> None:
     settings = ["initiating.scope=full", "evaluation.every=2"]
     outlook = look_ahead(folder / "run.toml", settings, 2, calibrates=True)

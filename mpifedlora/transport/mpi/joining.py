@@ -57,7 +57,8 @@ def connect(comm: Communicator | None = None) -> MpiServer | MpiWorker | None:
             raise ConfigError(
                 f"the {_num_slurm_tasks()} tasks of this Slurm step must form one MPI job, got MPI jobs of 1 "
                 "process each (srun without an MPI plugin that fits this MPI); start with mpirun inside "
-                "sbatch, or srun --mpi=TYPE with a TYPE from `srun --mpi=list` that fits"
+                "sbatch, or srun --mpi=TYPE with a TYPE from `srun --mpi=list` that fits; "
+                "`mpifedlora doctor` looks for more"
             )
         return None
     own = world.Dup()
