@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -183,6 +184,19 @@ def tell_when_terminated(message: str) -> None:
         os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGTERM, tell)
+
+
+def end_in_time(longest_s: int) -> None:
+    """Let this process's end, once it has begun, take so many seconds at most: then SIGALRM ends it.
+
+    MPI's own end may wait for ever where a process of the job has died before; by then everything is saved.
+    """
+
+    def set_alarm() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(longest_s)
+
+    atexit.register(set_alarm)
 
 
 def _say(message: str) -> None:

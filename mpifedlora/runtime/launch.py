@@ -16,7 +16,12 @@ from mpifedlora.core.agreement import Status
 from mpifedlora.core.config import RunConfig
 from mpifedlora.errors import MpiFedLoraError, RunLost, WorkerLost
 from mpifedlora.io.output_folder import CLIENT_STATES_FOLDER, RUN_FILE, FolderLock, check_output_folder
-from mpifedlora.io.process import end_with_launcher, starting_together, tell_when_terminated
+from mpifedlora.io.process import (
+    end_in_time,
+    end_with_launcher,
+    starting_together,
+    tell_when_terminated,
+)
 from mpifedlora.io.run_file import ResolvedRun, config_digest, read_run_file
 from mpifedlora.runtime import setup
 from mpifedlora.runtime.agreement import agree
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from mpifedlora.transport.mpi import Communicator
 
 EXIT_FAILED_ELSEWHERE = 2
+_LONGEST_END_S = 60
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ def _run(request: Request, comm: Communicator | None) -> Outcome:
 
 def _end_with_the_job(endpoint: Endpoint, advice: str) -> None:
     """Outlive neither the launcher nor a job that somebody ends, and say how to go on."""
+    end_in_time(_LONGEST_END_S)
     end_with_launcher(f"error: the MPI launcher has ended; {advice}", EXIT_RESUMABLE)
     if endpoint.is_server:
         tell_when_terminated(

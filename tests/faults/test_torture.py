@@ -3,7 +3,7 @@
 import pytest
 from faults.torture import torture
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_random_faults_lose_nothing(tmp_path):

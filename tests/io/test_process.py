@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -71,3 +72,15 @@ def test_a_parent_out_of_sight_does_not_matter(monkeypatch):
 def test_a_system_that_does_not_tell_gives_none(monkeypatch, tmp_path):
     monkeypatch.setattr(process, "_PROC", tmp_path)
     assert seconds_since_start() is None
+
+
+def test_an_end_that_does_not_come_is_cut_short():
+    code = (
+        "import atexit, time\n"
+        "from mpifedlora.io.process import end_in_time\n"
+        "atexit.register(time.sleep, 60)\n"
+        "end_in_time(1)\n"
+        "print('done', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.returncode) == ("done\n", -signal.SIGALRM)
