@@ -27,9 +27,10 @@ from mpifedlora.core.units import human_bytes, human_time
 from mpifedlora.errors import ConfigError
 from mpifedlora.io.figures import COLORS, MARKERS, Draw, require_matplotlib, write_file
 from mpifedlora.io.panels import MANY_POINTS, SHADE, byte_unit, legend_above, shorten
-from mpifedlora.io.report import draw_files, read_run
+from mpifedlora.io.report import draw_files
 from mpifedlora.io.report_config import config_tables
 from mpifedlora.io.report_page import less_or_more
+from mpifedlora.io.results import read_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,7 @@ def read_comparison(folders: Sequence[Path], target: float | None = None) -> Com
 
 
 def _read(folder: Path) -> Run:
-    results = read_run(folder)
+    results = read_results(folder)
     rounds, info = results.rounds, results.info
     sent = sent_bytes(rounds)
     return Run(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from mpifedlora.errors import CheckpointError
 from mpifedlora.io.figures import Draw, render, require_matplotlib, write_file
-from mpifedlora.io.output_folder import REPORT_FOLDER, RESULTS_FILE
+from mpifedlora.io.output_folder import REPORT_FOLDER
 from mpifedlora.io.report_page import Drawn, page
 from mpifedlora.io.results import Results, read_results
 from mpifedlora.io.run_figures import OVERVIEW_SIZE, draw_overview, run_figures
@@ -30,24 +29,6 @@ class Report(NamedTuple):
     results: Results
 
 
-def read_run(folder: Path) -> Results:
-    """Read the results of a run.
-
-    Args:
-        folder: of the run, or its results file.
-
-    Raises:
-        CheckpointError: if there are none.
-    """
-    path = folder / RESULTS_FILE if folder.is_dir() else folder
-    if not path.exists():
-        raise CheckpointError(
-            f"a run's folder must hold {RESULTS_FILE}, got {folder}, which holds none; name the --out of a "
-            "`mpifedlora run`, once it has begun"
-        )
-    return read_results(path)
-
-
 def write_report(folder: Path, out: Path | None = None) -> Report:
     """Write the report of a run, also of one that has not ended.
 
@@ -60,7 +41,7 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
         ConfigError: if matplotlib is missing.
     """
     require_matplotlib("`mpifedlora report`")
-    results = read_run(folder)
+    results = read_results(folder)
     out = out or (folder if folder.is_dir() else folder.parent) / REPORT_FOLDER
     files, drawn = [], []
     for figure in run_figures(results):

@@ -188,7 +188,12 @@ def read_results(path: StrPath) -> Results:
     Raises:
         CheckpointError: if the file is missing, cut short, not a results file, or of a newer format.
     """
-    path = os.path.join(path, RESULTS_FILE) if os.path.isdir(path) else path
+    given, path = path, os.path.join(path, RESULTS_FILE) if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        raise CheckpointError(
+            f"a run's folder must hold {RESULTS_FILE}, got {os.fspath(given)}, which holds none; "
+            "name the --out of a `mpifedlora run`, once it has begun"
+        )
     try:
         with h5py.File(path, "r") as file:
             return _read(file)
