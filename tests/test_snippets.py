@@ -186,7 +186,8 @@ def test_the_run_file_of_the_readme_trains(inside: Path) -> None:
 
     (block,) = (each for each in with_language("toml") if each.page == "README.md")
     (inside / "readme.toml").write_text(block.text)
-    small = [f"model.name={inside / 'model'}", "federation.num_rounds=2", "federation.num_clients=2"]
+    small = [f"model.name={inside / 'model'}", "data.max_length=24"]
+    small += ["federation.num_rounds=2", "federation.num_clients=2"]
     assert launch.run(inside / "readme.toml", small, inside / "runs/readme", True) == 0
 
 
