@@ -133,7 +133,9 @@ def _run(request: Request, comm: Communicator | None) -> Outcome:
             raise
         return Outcome(EXIT_FAILED_ELSEWHERE)
     try:
-        return _take_part(request, resolved, resumable, replica, statuses, endpoint)
+        outcome = _take_part(request, resolved, resumable, replica, statuses, endpoint)
+        endpoint.part()
+        return outcome
     except (RunLost, WorkerLost) as error:
         endpoint.abort(f"error: {error}", EXIT_RESUMABLE)
         raise

@@ -166,5 +166,8 @@ class Endpoint(Protocol):
     def watch(self, timeout_s: float | None, resume: str) -> None:
         """End the job when a process that it cannot do without is dead or silent, and say how to resume."""
 
+    def part(self) -> None:
+        """Wait until every process has finished its part of the run; until then they watch each other."""
+
     def abort(self, message: str, exit_code: int = 1) -> None:
         """End the whole job with a message and a non-zero exit code."""

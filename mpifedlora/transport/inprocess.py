@@ -134,5 +134,8 @@ class Alone:
     def watch(self, timeout_s: float | None, resume: str) -> None:
         """Do nothing: nobody else can die."""
 
+    def part(self) -> None:
+        """Do nothing: there is nobody to wait for."""
+
     def abort(self, message: str, exit_code: int = 1) -> None:
         """Do nothing: the exception ends the only process."""

@@ -246,6 +246,9 @@ def main():
         else:
             set_traps(endpoint, deaths)
             serve(PlayedWorker(endpoint, shapes, deaths), endpoint)
+        deaths.round_num = NUM_ROUNDS
+        deaths.meet("end")
+        endpoint.part()
     except RunLost as error:
         endpoint.abort(f"error: {error}", EXIT_RESUMABLE)
     except Exception:

@@ -150,6 +150,19 @@ def test_without_a_launcher_all_end(tmp_path, survives):
         job.wait_for(job.all_gone, END_S)
 
 
+def test_a_server_that_dies_while_it_writes_at_the_end_ends_its_workers(tmp_path):
+    with Job(tmp_path, 4, "rows", "50", "60", "end:4:server") as job:
+        assert job.wait() == EXIT_RESUMABLE, job.text
+        job.wait_for(job.all_gone, END_S)
+    assert re.search("the server .*has died.*; resume it with THIS", job.text)
+
+
+def test_a_worker_that_dies_at_the_end_changes_nothing(tmp_path):
+    with Job(tmp_path, 4, "rows", "50", "60", "end:4:1") as job:
+        assert job.wait() == 0, job.text
+    assert "right with 3" in job.text
+
+
 def test_without_ulfm_one_death_ends_all(tmp_path):
     with Job(tmp_path, 4, "rows", "50", "60", "training:2:1", survives=False) as job:
         job.wait_for(lambda: len(job.pids) == 4)
@@ -159,9 +172,16 @@ def test_without_ulfm_one_death_ends_all(tmp_path):
     assert job.text.count("ended from outside; resume it with THIS") == 1
 
 
-@pytest.mark.parametrize("who", ["1", "server"])
-def test_a_stopped_process_ends_the_job(tmp_path, who):
-    with Job(tmp_path, 4, "stream", "50", "4", f"training:2:{who}:stops") as job:
+@pytest.mark.parametrize(
+    ("who", "where"),
+    [
+        ("1", "training:2"),
+        ("server", "training:2"),
+        ("server", "end:4"),
+    ],  # at the end it writes what was trained
+)
+def test_a_stopped_process_ends_the_job(tmp_path, who, where):
+    with Job(tmp_path, 4, "stream", "50", "4", f"{where}:{who}:stops") as job:
         assert job.wait() == EXIT_RESUMABLE
         job.wait_for(job.all_gone, END_S)
     name = "the server" if who == "server" else "worker 1"

@@ -49,11 +49,17 @@ FAULTS = {
     "worker stopped": AT_WORKER[3:],
     "worker paused": AT_WORKER,
     "server killed": AT_SERVER,
-    "server stopped": ("broadcast", "collect", "measure", "results"),  # later nobody is left to notice
+    "server stopped": (
+        "broadcast",
+        "collect",
+        "measure",
+        "results",
+        "export",
+    ),  # later nobody is left to notice
     "server paused": AT_SERVER,
     "mpirun killed": AT_SERVER,
     "mpirun: SIGTERM": AT_SERVER,
-    "mpirun: SIGUSR2": AT_SERVER,
+    "mpirun: SIGUSR2": AT_SERVER[1:],  # before Python runs it kills a process, as any signal does
 }
 SURVIVED_BY_DESIGN = {"worker killed": ("broadcast", "train", "collect"), "worker paused": AT_WORKER}
 METHODS = {

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mpifedlora.core.agreement import STATUS_BYTES, Bytes, Status
+from mpifedlora.errors import RunLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.survival import Survivor, vital
+from mpifedlora.transport.mpi.survival import Survivor, known_lost, vital
 from mpifedlora.transport.mpi.waiting import wait
 from mpifedlora.transport.mpi.watch import Watch
 
@@ -143,7 +144,21 @@ class Endpoint(Survivor):
             os._exit(exit_code)
         self.comm.Abort(exit_code)
 
-    def _stop_watching(self) -> None:
+    def part(self) -> None:
+        """Wait until every process has finished.
+
+        Raises:
+            RunLost: if the server has died, which writes what was trained; of a worker nothing is needed.
+        """
+        try:
+            wait(self.comm.Ibarrier())
+        except self._mpi.Exception as error:
+            if not self.is_fault_tolerant:
+                raise
+            self._has_lost = True
+            self.comm.Revoke()
+            if 0 in known_lost(self.comm):
+                raise RunLost(self._without_server()) from error
         if self._watch is not None:
             self._watch.stop()
 

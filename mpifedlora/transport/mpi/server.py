@@ -56,7 +56,6 @@ class MpiServer(Endpoint):
 
     def _dismiss(self, plan: RoundPlan, *, is_told: bool = False) -> None:
         """Tell everybody who lives that the run is over, and wait until they know."""
-        self._stop_watching()
         while True:
             if not is_told:
                 self._try_order(Order.MESSAGE, plan)

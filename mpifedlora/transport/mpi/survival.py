@@ -131,7 +131,7 @@ class Survivor:
         self._mpi, self.comm = MPI, comm
         self.world_size, self.num_workers = comm.size, comm.size - 1
         self.is_fault_tolerant = is_fault_tolerant()
-        self._num_started = comm.size
+        self._has_lost = False  # somebody whom MPI's own end would wait for
         if self.is_fault_tolerant:
             atexit.register(self._finalize)
         self._names = ["the server", *(f"worker {worker_id}" for worker_id in range(self.num_workers))]
@@ -176,14 +176,17 @@ class Survivor:
             )
         if 0 in lost:
             self._tells = self._name == self._names[0]
-            raise RunLost(f"the server must live until the run ends, but it has died; {self._resume}")
+            raise RunLost(self._without_server())
         if self.num_workers == 0:
             raise RunLost(f"at least one worker must live, but the last has died; {self._resume}")
         return [mpi_rank - 1 for mpi_rank in lost]
 
+    def _without_server(self) -> str:
+        return f"the server must live until the run ends, but it has died; {self._resume}"
+
     def _finalize(self) -> None:
         # Open MPI 5.0 waits forever for the dead where two have died at once.
-        if self.world_size == self._num_started and not self._mpi.Is_finalized():
+        if not self._has_lost and not self._mpi.Is_finalized():
             self._mpi.Finalize()
 
     def _may_part(self) -> bool:
@@ -206,6 +209,7 @@ class Survivor:
     def _shrink(self) -> list[int]:
         # The old communicator is not freed: calls on it may not have ended everywhere.
         old, self.comm = self.comm, self.comm.Shrink()
+        self._has_lost = True
         self.comm.Set_errhandler(self._mpi.ERRORS_RETURN)
         self.world_size, self.num_workers = self.comm.size, self.comm.size - 1
         ranks = self._mpi.Group.Translate_ranks(old.Get_group(), list(range(old.size)), self.comm.Get_group())

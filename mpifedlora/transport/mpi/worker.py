@@ -43,7 +43,6 @@ class MpiWorker(Endpoint):
         return received
 
     def _may_leave(self) -> bool:
-        self._stop_watching()
         if self._may_part():
             return True
         self._forget()
