@@ -45,6 +45,7 @@ docs: .venv/.installed
 # Three processes: of the tests that start Slurm or mpirun, most of the time is waiting.
 ## unit     unit tests, property tests and doctests; what launches mpirun itself is here too
 unit: data
+	@$(BIN)/mpifedlora data fetch mnist-5k
 	@echo "== pytest: units, properties, doctests"
 	@. tests/mpi_env.sh && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -q -n 3 -m "not network"
 
@@ -92,9 +93,9 @@ NAME_ONE := name one: make PYTHON=python3.12
 	@touch $@
 
 .venv/.installed: .venv/.created setup.cfg pyproject.toml constraints.txt
-	@echo "== pip install -c constraints.txt -e .[mpi,dev,docs] (some minutes, the first time)"
+	@echo "== pip install -c constraints.txt -e .[mpi,dev,docs,trackers] (some minutes, the first time)"
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_FLAGS) \
-	    -c constraints.txt -e '.[mpi,dev,docs]'
+	    -c constraints.txt -e '.[mpi,dev,docs,trackers]'
 	@touch $@
 
 ## clean    remove .venv, caches and build files; runs/ and the fetched data stay

@@ -144,6 +144,8 @@ class _MLflow:
 class _Wandb:
     def __init__(self, run: TrackedRun) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
+        if not os.environ.get("WANDB_MODE"):
+            os.environ["WANDB_MODE"] = "offline"
         import wandb
 
         self._run = wandb.init(
@@ -152,7 +154,6 @@ class _Wandb:
             id=run.key,
             resume="allow",
             dir=str(run.folder),
-            mode=os.environ.get("WANDB_MODE") or "offline",
             config=dict(run.parameters),
             settings=wandb.Settings(console="off"),
         )
