@@ -74,8 +74,8 @@ def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
     annealer.budget, annealer.is_cutting = int(numbers["budget"]), bool(numbers["is_cutting"])
     accuracy = numbers["best_accuracy"]
     annealer.best_accuracy = -math.inf if accuracy is None else float(accuracy)
-    coordinator.state_rounds = [int(number) for number in numbers["state_rounds"]]
-    coordinator.failures = [int(number) for number in numbers["failures"]]
+    coordinator.state_rounds = _by_client(numbers["state_rounds"], len(coordinator.state_rounds))
+    coordinator.failures = _by_client(numbers["failures"], len(coordinator.failures))
     saved = _unpacked(tensors["plan"], shapes)
     coordinator.next_plan = _planned_again(coordinator, saved)
     _restore_opening(coordinator, saved, tensors)
@@ -87,6 +87,12 @@ def restore(coordinator: Coordinator, snapshot: Snapshot) -> None:
     if "noise" in tensors and update.noise is not None:
         update.noise.generator.set_state(tensors["noise"])
     coordinator.history = history(tensors, shapes)
+
+
+def _by_client(values: Any, num_clients: int) -> list[int]:
+    if not isinstance(values, list) or len(values) != num_clients:
+        raise ValueError(f"a number for each of {num_clients} clients is needed, not {str(values)[:50]}")
+    return [int(value) for value in values]
 
 
 def _planned_again(coordinator: Coordinator, saved: RoundPlan) -> RoundPlan:

@@ -64,8 +64,9 @@ def longest_input(config: Mapping[str, Any]) -> int | None:
     found = config.get("max_position_embeddings", config.get("n_positions"))
     if not isinstance(found, int) or found < 1:
         return None
+    padding = config.get("pad_token_id")
     counts_from_padding = config.get("model_type") in _FROM_PADDING
-    return found - (config.get("pad_token_id") or 0) - 1 if counts_from_padding else found
+    return found - (padding if isinstance(padding, int) else 0) - 1 if counts_from_padding else found
 
 
 def check_length(config: Mapping[str, Any], max_length: int, name: str) -> None:

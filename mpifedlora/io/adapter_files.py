@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from mpifedlora.errors import AdapterError
 from mpifedlora.io.atomic import refusal, replace_file
 from mpifedlora.io.output_folder import BASE_FOLDER
 
@@ -39,9 +41,16 @@ def write_base_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_base_weights(run_folder: Path) -> dict[str, Tensor]:
-    """Return the base weights of a run that changed them, by name; empty where it did not."""
+    """Return the base weights of a run that changed them, by name; empty where it did not.
+
+    Raises:
+        AdapterError: if the file is damaged.
+    """
     file = run_folder / BASE_FOLDER / BASE_FILE
-    return load_file(file) if file.is_file() else {}
+    try:
+        return load_file(file) if file.is_file() else {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, error) from error
 
 
 def write_labels(folder: Path, label_names: Sequence[str]) -> None:
@@ -54,9 +63,21 @@ def write_labels(folder: Path, label_names: Sequence[str]) -> None:
 
 
 def read_labels(folder: Path) -> list[str] | None:
-    """Return what `write_labels` has written; None where it has not."""
+    """Return what `write_labels` has written; None where it has not.
+
+    Raises:
+        AdapterError: if the file is damaged.
+    """
     file = folder / LABELS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        labels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, error) from error
+    if labels is not None and not (
+        isinstance(labels, list) and all(isinstance(each, str) for each in labels)
+    ):
+        raise _damaged(file, "no list of names")
+    return labels
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -66,6 +87,13 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: if the disk refuses.
     """
     _write_files(file.parent, {file.name: _encode(tensors)})
+
+
+def _damaged(file: Path, found: object) -> AdapterError:
+    return AdapterError(
+        f"{file.name} must be as the run has written it, got {found} ({file}); export the adapter again, or "
+        "bring the file back from a backup"
+    )
 
 
 def _encode(tensors: Mapping[str, Tensor]) -> bytes:

@@ -150,7 +150,7 @@ def numbers_of(content: bytes) -> dict[str, Any]:
         numbers = json.loads(head["numbers"])
         if not isinstance(numbers, dict):
             raise TypeError("numbers that are no table")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _other_format(error) from error
     return numbers
 
@@ -166,7 +166,7 @@ def decode(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     try:
         return numbers_of(content), load(content)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:  # a dtype that torch does not know is a key
         raise _other_format(error) from error
 
 

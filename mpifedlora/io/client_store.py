@@ -145,11 +145,12 @@ def _decode(content: bytes, path: Path) -> tuple[dict[str, Tensor], str, str]:
         # The library gives tensors in an order that differs from call to call.
         state: dict[str, Tensor] = dict(sorted(load(content).items()))
         header_end = 8 + int.from_bytes(content[:8], "little")
+        # The library has read the header: a table, whose metadata are texts.
         metadata = json.loads(content[8:header_end]).get("__metadata__") or {}
         client_id, round_num = metadata.get("client_id", ""), metadata.get("round_num", "")
         if metadata.get("sha256") != _digest(state, client_id, round_num):
             raise ValueError("other bytes than were written")
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"a client's state must be read back as it was written, got {error} ({path}); "
             "check the storage and start the run anew"

@@ -12,7 +12,8 @@ from typing import Any
 
 from mpifedlora.core.memory_estimate import Matrix, ModelSizes
 from mpifedlora.core.names import describe_no_match
-from mpifedlora.core.tasks import check_length
+from mpifedlora.core.patterns import compile_pattern, matches_within
+from mpifedlora.core.tasks import check_length, longest_input
 from mpifedlora.errors import AdapterError
 from mpifedlora.io.data_fetch import minilm_folder
 
@@ -60,22 +61,21 @@ def check_positions(name: str, max_length: int) -> None:
     Raises:
         ConfigError: if the model has positions for fewer tokens.
     """
-    config: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # loading the model says what is wrong with it
-        config = json.loads((Path(name) / "config.json").read_text())
-    check_length(config, max_length, name)
+    with suppress(OSError):  # loading the model says what is wrong with it
+        check_length(_table((Path(name) / "config.json").read_bytes()), max_length, name)
 
 
 def check_targets(name: str, target_modules: str | Sequence[str]) -> None:
     """Check names of target modules against the weight files' headers, where there are any.
 
-    This finds a misspelt name in milliseconds. A regular expression, or a hub name, is left to the
-    full check on the loaded model.
+    This finds a misspelt name in milliseconds. Whether a regular expression matches, and a hub name, is
+    left to the full check on the loaded model.
 
     Raises:
-        AdapterError: naming the nearest layers.
+        AdapterError: naming the nearest layers, or what is no regular expression.
     """
     if isinstance(target_modules, str):
+        compile_pattern(target_modules)
         return
     layers = _layer_names(Path(name))
     # The loaded model may put more in front of a name, so only its end can be compared.
@@ -103,8 +103,14 @@ def _tensors(folder: Path) -> dict[str, Sequence[int]]:
     shapes: dict[str, Sequence[int]] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         named = _header(file).items()
-        shapes |= {key: entry["shape"] for key, entry in named if key != "__metadata__"}
+        shapes |= {key: entry["shape"] for key, entry in named if _has_shape(entry)}
     return shapes
+
+
+def _has_shape(entry: Any) -> bool:
+    """Say whether an entry of a header is a tensor's, and not a text or damaged."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    return isinstance(shape, list) and all(isinstance(size, int) and 0 <= size < 2**48 for size in shape)
 
 
 def read_model_sizes(name: str, target_modules: str | Sequence[str]) -> ModelSizes | None:
@@ -118,9 +124,12 @@ def read_model_sizes(name: str, target_modules: str | Sequence[str]) -> ModelSiz
 
     Returns:
         None where there is no folder, as for hub names, or its config.json does not tell.
+
+    Raises:
+        AdapterError: if `target_modules` is no regular expression.
     """
     try:
-        given = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        given = _table((Path(name) / "config.json").read_bytes())
         config = {key: value for key, value in given.items() if value is not None}
         tensors = _tensors(Path(name)) or _tensors_of(config)
         linears = {key: shape for key, shape in _linears(tensors).items() if not _OUTSIDE.search(key)}
@@ -131,13 +140,16 @@ def read_model_sizes(name: str, target_modules: str | Sequence[str]) -> ModelSiz
             num_layers=_first(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers"),
             hidden_size=_first(config, *_HIDDEN),
             num_heads=_first(config, "num_attention_heads", "n_heads", "n_head", "num_heads"),
-            max_tokens=config.get("max_position_embeddings", config.get("n_positions")),
+            max_tokens=longest_input(config),
         )
+    except AdapterError:
+        raise
     # Without a configuration, or with one of another kind, nothing is known.
-    except (OSError, ValueError, TypeError, AttributeError, StopIteration):
+    except (OSError, ValueError, TypeError, StopIteration, OverflowError):
         return None
 
 
+_MOST_LAYERS = 10_000  # of no model: they are listed one by one
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 # Embeddings by other names, and heads of the model's former task, which are replaced.
 _OUTSIDE = re.compile(r"(^|\.)(wte|wpe|shared|lm_head|score|classifier|pre_classifier|pooler|cls)(\.|$)")
@@ -151,7 +163,8 @@ def _targeted(linears: Mapping[str, Matrix], targets: str | Sequence[str]) -> li
     if targets == "all-linear":
         return list(linears.values())
     if isinstance(targets, str):
-        found = [shape for name, shape in linears.items() if re.search(targets, name)]
+        pattern = compile_pattern(targets)
+        found = [shape for name, shape in linears.items() if matches_within(pattern, name)]
     else:
         endings = tuple(f".{target}" for target in targets)
         found = [shape for name, shape in linears.items() if f".{name}".endswith(endings)]
@@ -165,6 +178,8 @@ def _tensors_of(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     is_gated = config.get("hidden_act") in ("silu", "gelu_pytorch_tanh")
     mlp = [(inner, hidden), (hidden, inner), *[(inner, hidden)] * is_gated]
     num_layers = _first(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    if num_layers > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers = {num_layers}")
     per_layer = [*[(hidden, hidden)] * 4, *mlp]
     layers = {
         f"layer.{layer}.{index}.weight": shape
@@ -179,8 +194,13 @@ def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(length) if length <= file.stat().st_size else b""
+    return _table(text)
+
+
+def _table(text: bytes) -> dict[str, Any]:
+    """Return the table that a JSON text holds; empty where it is damaged or holds none."""
     try:
-        header = json.loads(text)
-    except ValueError:
+        table = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
-    return header if isinstance(header, dict) else {}
+    return table if isinstance(table, dict) else {}

@@ -20,9 +20,10 @@ def config_tables(info: RunInfo) -> dict[str, dict[str, Any]]:
     """Return the run's configuration as tables of keys; empty where it is no such thing."""
     try:
         tables: Any = json.loads(info.config)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return {name: keys for name, keys in tables.items() if isinstance(keys, dict)}
+    named = tables.items() if isinstance(tables, dict) else ()
+    return {name: keys for name, keys in named if isinstance(keys, dict)}
 
 
 def num_planned_rounds(info: RunInfo) -> int | None:

@@ -21,6 +21,7 @@ import numpy as np
 from mpifedlora.core.schedule import Stage
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.atomic import refusal, remove_stale_temporaries, replace_file
+from mpifedlora.io.hdf5_values import read_array, read_attribute, read_texts
 from mpifedlora.io.output_folder import RESULTS_FILE
 from mpifedlora.io.results_schema import (
     COLUMNS,
@@ -199,7 +200,8 @@ def read_results(path: StrPath) -> Results:
             return _read(file)
     except CheckpointError:
         raise
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    # Of a damaged file, HDF5 and numpy say many things.
+    except Exception as error:
         raise CheckpointError(
             f"results must be a complete file written by mpifedlora, got {error} ({os.fspath(path)}); "
             "name the results.h5 in a run's output folder"
@@ -254,9 +256,9 @@ def _write_events(file: h5py.File, events: Sequence[Event]) -> None:
 
 
 def _read_events(file: h5py.File) -> list[Event]:
-    times, finished, texts = (file[f"events/{name}"] for name in Event._fields)
-    columns = times.asstr()[()], finished[()].tolist(), texts.asstr()[()]
-    return [Event(*values) for values in zip(*columns, strict=True)]
+    times, texts = read_texts(file, "events/time"), read_texts(file, "events/text")
+    finished = read_array(file, "events/num_finished", "int64", (len(times),)).tolist()
+    return [Event(*values) for values in zip(times, finished, texts, strict=True)]
 
 
 def _storable(text: str) -> str:
@@ -271,12 +273,14 @@ def _read(file: h5py.File) -> Results:
     count = len(file["rounds/round_num"])
     for column in COLUMNS:
         group, name = column.path.split("/")
-        values = file[column.path][()]
-        check_shape(column.path, values, (count, *column.shape(info)))
-        groups[group][name] = _decoded(values)
+        groups[group][name] = _decoded(
+            read_array(file, column.path, column.dtype, (count, *column.shape(info)))
+        )
+    status = file.attrs["status"]
+    _check_choice("status", status, get_args(Status))
     return Results(
         info=info,
-        status=file.attrs["status"],
+        status=status,
         rounds=groups["rounds"],
         clients=groups["clients"],
         baselines=_read_baselines(file),
@@ -303,10 +307,10 @@ def _check_format(file: h5py.File) -> None:
 
 
 def _read_info(file: h5py.File) -> RunInfo:
-    to_python = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": tuple}
-    values = {f.name: to_python[str(f.type)](file.attrs[f.name]) for f in fields(RunInfo) if _is_attribute(f)}
-    names = tuple(file["client_names"].asstr()[()])
-    return RunInfo(label_table=file["label_table"][()], client_names=names, **values)
+    values = {f.name: read_attribute(file, f.name, str(f.type)) for f in fields(RunInfo) if _is_attribute(f)}
+    names = tuple(read_texts(file, "client_names"))
+    shape = values["num_clients"], len(values["label_names"])
+    return RunInfo(label_table=read_array(file, "label_table", "int64", shape), client_names=names, **values)
 
 
 def _read_baselines(file: h5py.File) -> Baselines | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpifedlora.io.atomic import refusal, replace_file
+from mpifedlora.io.report_config import config_tables
 from mpifedlora.io.results import Results
 from mpifedlora.io.results_schema import Array
 
@@ -66,7 +67,7 @@ def as_json(results: Results, *, with_clients: bool) -> str:
         with_clients: whether `/clients` is in it.
     """
     info = {**asdict(results.info), "label_table": results.info.label_table.tolist()}
-    info["config"] = json.loads(results.info.config)
+    info["config"] = config_tables(results.info)
     content = {
         "status": results.status,
         "info": info,

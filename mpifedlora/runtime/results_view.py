@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpifedlora.core.units import human_time
+from mpifedlora.io.report_config import num_planned_rounds
 from mpifedlora.io.results import Results
 from mpifedlora.runtime.progress import format_row, summarise, summary_lines
 
@@ -18,10 +18,10 @@ from mpifedlora.runtime.progress import format_row, summarise, summary_lines
 def run_lines(results: Results) -> Iterator[str]:
     """Return a run's rounds, its sum and its events, a line each."""
     info = results.info
-    num_rounds = json.loads(info.config)["federation"]["num_rounds"]
     yield f"{info.method} on {info.dataset} with {info.model}: {results.status}, begun {info.created}"
     yield f"{info.num_clients} clients on {info.num_workers} workers, seed {info.seed}"
     rows = results.rows()
+    num_rounds = num_planned_rounds(info) or len(rows)
     for row in rows:
         yield format_row(row, num_rounds, None, info.metric_names)
     named: dict[str, Any] = {"files": {}, "metric_names": info.metric_names}

@@ -74,9 +74,10 @@ def check_unchanged(config: RunConfig, saved: Mapping[str, Any], where: Path) ->
         CheckpointError: with the keys that differ.
     """
     now = config.model_dump(mode="json")
+    is_table = isinstance(saved, dict) and all(isinstance(keys, dict) for keys in saved.values())
     differing = {
         key: values
-        for key, values in differing_keys([saved, now]).items()
+        for key, values in differing_keys([saved if is_table else {}, now]).items()
         if key != "federation.num_rounds" and not key.startswith(CHANGES_NO_NUMBER)
     }
     if differing:

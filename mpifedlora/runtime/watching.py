@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Literal
 from mpifedlora.core.units import expected_s, human_time
 from mpifedlora.errors import CheckpointError
 from mpifedlora.io.output_folder import RESULTS_FILE, LockState, ask_lock, free_name
+from mpifedlora.io.report_config import num_planned_rounds
 from mpifedlora.io.results import Results, read_results
 from mpifedlora.runtime.interruption import EXIT_INTERRUPTED
 from mpifedlora.transport.base import EXIT_RESUMABLE
@@ -60,7 +60,7 @@ class Sight:
     def num_rounds(self) -> int:
         """Rounds of the whole run."""
         assert self.results is not None
-        return int(json.loads(self.results.info.config)["federation"]["num_rounds"])
+        return num_planned_rounds(self.results.info) or self.num_finished
 
     @property
     def num_finished(self) -> int:

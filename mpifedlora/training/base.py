@@ -18,6 +18,9 @@ from mpifedlora.errors import AdapterError
 # Features of sentence encoders are small (about 0.05 a value); a linear head on them learns at the
 # adapter's learning rate only if they are scaled up. Measured on MiniLM and 20 Newsgroups.
 FEATURE_SCALE = 10.0
+_LONGEST_REASON = 500
+# Transformers would ask on the terminal whether to run code that lies in a model's folder.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 Module = nn.Module
@@ -77,7 +80,7 @@ class _Loading:
     @classmethod
     def options(cls) -> dict[str, Any]:
         found = {"device_map": cls.device_map, "quantization_config": cls.quantization}
-        return {name: value for name, value in found.items() if value is not None}
+        return NO_CODE | {name: value for name, value in found.items() if value is not None}
 
 
 @contextmanager
@@ -149,17 +152,13 @@ def build_base(
     Raises:
         AdapterError: if there is no such model, or it has no weights.
     """
-    kind = ("mean_pooling" if wants_mean_pooling(name) else "stock") if head == "auto" else head
     torch.manual_seed(seed)
     try:
+        kind = ("mean_pooling" if wants_mean_pooling(name) else "stock") if head == "auto" else head
         base = _BUILDERS[kind](name, num_labels, getattr(torch, dtype))
     # Damaged files and missing packages come as any kind of error.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AdapterError(
-            f"model.name must be a pre-trained model that transformers can load, got {name} ({reason}); "
-            'give a folder with config.json and weights, a hub name, or "minilm"'
-        ) from error
+        raise not_loadable(name, error) from error
     conv1ds_to_linears(base.module)
     for head_name in base.head_names:
         base.module.get_submodule(head_name).float().register_forward_pre_hook(_to_float32)
@@ -168,6 +167,15 @@ def build_base(
             if isinstance(module, nn.Dropout):
                 module.p = dropout
     return base
+
+
+def not_loadable(name: str, error: Exception) -> AdapterError:
+    """Return what to say of a model or tokenizer that transformers cannot load."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST_REASON]
+    return AdapterError(
+        f"model.name must be a pre-trained model that transformers can load, got {name} ({reason}); "
+        'give a folder with config.json and weights, a hub name, or "minilm"; code in the folder is not run'
+    )
 
 
 def load_weights(base: BaseModel, weights: Mapping[str, Tensor]) -> Module:
@@ -213,7 +221,7 @@ def wants_mean_pooling(name: str) -> bool:
 def _mean_pooling(name: str, num_labels: int, dtype: torch.dtype) -> BaseModel:
     from transformers import AutoConfig, AutoModel
 
-    kind = AutoConfig.from_pretrained(name).model_type
+    kind = AutoConfig.from_pretrained(name, **NO_CODE).model_type
     # BERT's pooler would be trained by nobody and yet exchanged by the full scope.
     options = {"add_pooling_layer": False} if kind in _WITH_POOLER else {}
     encoder = AutoModel.from_pretrained(name, dtype=dtype, **_Loading.options(), **options)

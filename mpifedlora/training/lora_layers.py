@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from mpifedlora.core.layout import Factors, ModelShapes
 from mpifedlora.core.names import describe_no_match
+from mpifedlora.core.patterns import compile_pattern, matches_whole
 from mpifedlora.errors import AdapterError
 from mpifedlora.training.base import is_quantized
 
@@ -67,27 +67,24 @@ def find_linears(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not is_inside(name, excluded)
     }
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    is_regex = isinstance(target_modules, str)
-    found: dict[str, nn.Linear] = {}
+    is_pattern = isinstance(target_modules, str)
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    found: set[str] = set()
     for target in targets:
-        matches = {name: linears[name] for name in linears if _matches(name, target, is_regex)}
+        matches = _matches(list(linears), target, is_pattern)
         if not matches:
-            raise AdapterError(describe_no_match(target, linears, is_pattern=is_regex))
+            raise AdapterError(describe_no_match(target, linears, is_pattern=is_pattern))
         found.update(matches)
     return {name: linears[name] for name in linears if name in found}
 
 
-def _matches(name: str, target: str, is_regex: bool) -> bool:
-    if not is_regex:
-        return name == target or name.endswith("." + target)
-    try:
-        return target == "all-linear" or re.fullmatch(target, name) is not None
-    except re.error as error:
-        raise AdapterError(
-            "lora.target_modules must be a list of names or a regular expression, got "
-            f'{target!r} ({error}); for names write a list, as in ["query", "value"]'
-        ) from error
+def _matches(names: list[str], target: str, is_pattern: bool) -> list[str]:
+    if not is_pattern:
+        return [name for name in names if name == target or name.endswith("." + target)]
+    if target == "all-linear":
+        return names
+    pattern = compile_pattern(target)
+    return [name for name in names if matches_whole(pattern, name)]
 
 
 def is_inside(name: str, modules: Sequence[str]) -> bool:

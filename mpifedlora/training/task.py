@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpifedlora.core.metrics import Metrics
 from mpifedlora.core.seeding import torch_seed
-from mpifedlora.training.base import BaseModel, build_base
+from mpifedlora.training.base import NO_CODE, BaseModel, build_base, not_loadable
 
 Indices = npt.NDArray[np.int64]
 Tokens = tuple[npt.NDArray[np.int32], Indices]
@@ -253,10 +253,18 @@ def num_targets(targets: Tensor) -> int:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer that belongs to a model folder or hub name."""
+    """Load the tokenizer that belongs to a model folder or hub name.
+
+    Raises:
+        AdapterError: if there is none, or it is damaged.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
+    # The Rust library's errors, of damaged files, have no common base.
+    except Exception as error:
+        raise not_loadable(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

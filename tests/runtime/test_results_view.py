@@ -81,7 +81,7 @@ def test_json_has_every_number(folder):
 
 def test_mistakes_say_what_to_do(folder, tmp_path):
     assert "choose one" in call(folder, "--csv", "-", "--json").output
-    with pytest.raises(CheckpointError, match=r"name the results\.h5"):
+    with pytest.raises(CheckpointError, match="name the --out"):
         call(tmp_path)
     with pytest.raises(CheckpointError, match="the file must be writable"):
         call(folder, "--csv", tmp_path / "no" / "rounds.csv")
