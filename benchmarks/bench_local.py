@@ -36,7 +36,8 @@ from mpifedlora.training.base import build_base
 from mpifedlora.training.local import LocalSettings, train_client
 from mpifedlora.training.lora_layers import find_linears
 from mpifedlora.training.models import FederatedModel
-from mpifedlora.training.tasks import ClassificationTask, EncodedExamples, load_tokenizer
+from mpifedlora.training.task import EncodedExamples, load_tokenizer
+from mpifedlora.training.tasks import ClassificationTask
 
 NUM_LABELS, LORA_RANK, ALPHA, LEARNING_RATE, GRAD_CLIP = 20, 16, 32.0, 1e-3, 1.0
 MAX_LENGTH = 128

@@ -68,7 +68,7 @@ def test_example_of_texts_on_tiny_ones(name, tmp_path, monkeypatch, tiny_model_f
     monkeypatch.chdir(tmp_path)
     shutil.copy(tiny_csv, "my_texts.csv")
     settings = settings_of(read_run_file(ROOT / "examples" / name).config)
-    settings += [f"model.name={tiny_model_folder}", f"data.source={tiny_csv}"]
+    settings += [f"model.name={tiny_model_folder}", f"data.source={tiny_csv}", "data.max_length=32"]
     assert launch.run(ROOT / "examples" / name, settings, Path("out"), False) == 0
     check(Path("out"))
 

@@ -87,8 +87,10 @@ class _TensorBoard:
     def __init__(self, run: TrackedRun) -> None:
         from tensorboardX import SummaryWriter
 
-        # What a killed run logged of rounds that are trained again is hidden.
-        self._writer = SummaryWriter(str(run.folder), purge_step=run.first_step)
+        # What a killed run logged of rounds that are trained again is hidden. The name of a file has whole
+        # seconds: without the step, a run resumed at once would write over what was there.
+        suffix = f".{run.first_step}"
+        self._writer = SummaryWriter(str(run.folder), purge_step=run.first_step, filename_suffix=suffix)
         rows = "\n".join(f"| {key} | {value} |" for key, value in run.parameters.items())
         self._writer.add_text("configuration", f"| key | value |\n|---|---|\n{rows}", 0)
 

@@ -379,7 +379,16 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
     (LATE, {"aggregation.weights": "frobenius"}, "a norm as the weight leaves no place"),
     (LATE, {"aggregation.robust": "median"}, "what sorts or chooses updates has no weights"),
     # tasks
-    ({}, {"task.name": "clasification"}, "task.name must be one of classification, causal-lm, or FILE.py:"),
+    (
+        {},
+        {"task.name": "clasification"},
+        "task.name must be one of classification, causal-lm, image-classification, or FILE.py:",
+    ),
+    (
+        {"model.quantize": "nf4"},
+        {"initiating.scope": "full"},
+        "weights in 8 or 4 bits are neither trained nor added to",
+    ),
     (
         {"task.name": "causal-lm", "data.partition": "iid"},
         {"data.partition": "shards"},

@@ -225,6 +225,7 @@ def test_available_knows_the_packaged_sources(monkeypatch: pytest.MonkeyPatch) -
         ("20newsgroups", "data", False),
         ("reuters-r8", "data", False),
         ("reuters-r52", "data", False),
+        ("mnist-5k", "images", False),
         ("minilm", "model", False),
     ]
 
@@ -255,7 +256,7 @@ def test_minilm_is_found_in_the_installed_package_without_importing_it(
 
 def test_digests_stand_for_different_files() -> None:
     digests = [sha256 for entry in data_fetch.PACKAGED.values() for *_, sha256 in entry.files]
-    assert len(set(digests)) == len(digests) == 15
+    assert len(set(digests)) == len(digests) == 16
     assert all(len(digest) == 64 and int(digest, 16) for digest in digests)
 
 

@@ -169,7 +169,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(made, tmp_path):
         CheckpointError, match=r"got 9 \(in .*: 1, 2, 3, 4\); a run keeps the last checkpoint.keep"
     ):
         export(made("cut"), tmp_path / "out", 9, merges=False)
-    with pytest.raises(CheckpointError, match="results must be a complete file"):
+    with pytest.raises(CheckpointError, match="a run's folder must hold results"):
         export(tmp_path / "nothing", tmp_path / "out", merges=False)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()

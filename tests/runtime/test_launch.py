@@ -501,18 +501,25 @@ def test_bad_input_is_told_before_torch_is_loaded(folder, tmp_path, setting):
     assert not loaded & {"torch", "transformers", "peft", "mpi4py.MPI"}
 
 
+# Training fails, and only there.
+FAILING = """
+from mpifedlora.training.tasks import classification
+
+def build(setup):
+    base, task = classification(setup)
+    task.loss = None
+    return base, task
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 3])
 def test_where_all_clients_fail_the_job_ends_and_says_why(tmp_path, processes):
-    # Texts of more tokens than the model has positions: training fails, and only there.
-    rows = (support.make_csv(tmp_path / "short.csv")).read_text().splitlines()
-    long = [f"{' '.join([row.split(',')[0]] * 40)},{row.split(',')[1]}" for row in rows[1:]]
-    (tmp_path / "data.csv").write_text("\n".join([rows[0], *long]))
-    (tmp_path / "test.csv").write_text("\n".join(rows))
+    (tmp_path / "failing.py").write_text(FAILING)
     support.make_run_file(tmp_path)
-    settings = [f"data.test_source={tmp_path / 'test.csv'}", "data.max_length=500"]
+    settings = ["task.name=failing.py:build", "data.label_column=label"]
     code, output = finish(start(tmp_path, tmp_path / "run", *settings, processes=processes))
-    assert code == 1
+    assert code == 1, output
     assert "failed in round 1 on client " in output
     assert "failed in round 3 on client " in output
     assert "3 failures in a row" in output
