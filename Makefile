@@ -14,7 +14,7 @@ BIN := .venv/bin
 # Another environment that happens to be active does not count.
 unexport VIRTUAL_ENV PYTHONHOME
 
-.PHONY: help demo test lint types docs unit mpi bench torture data install clean slurm-cluster slurm-cluster-stop
+.PHONY: help demo test lint types docs unit mpi bench torture fuzz data install clean slurm-cluster slurm-cluster-stop
 
 ## demo     fine-tune MiniLM in a federation of eight clients: a server and four workers over MPI
 demo: data
@@ -70,6 +70,11 @@ slurm-cluster-stop:
 ## torture  a hundred runs hit at random: kills, stops, signals; about twenty minutes
 torture: .venv/.installed
 	@. tests/mpi_env.sh && PYTHONPATH=tests python -m faults.torture
+
+## fuzz     thousands of damaged and hostile files, read in ten minutes at most; FUZZ_TIMES=12 by default
+fuzz: .venv/.installed
+	@. tests/mpi_env.sh && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FUZZ_TIMES=$${FUZZ_TIMES:-12} \
+	    timeout 600 python -m pytest -q tests/test_fuzz.py
 
 ## data     fetch the demo's data set and weights into the cache folder
 data: .venv/.installed
