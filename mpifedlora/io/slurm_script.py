@@ -48,6 +48,8 @@ while [ -n "$signalled" ]; do
     status=0
     wait "$process" || status=$?
 done
+# Open MPI may return 0 for a job that it has lost, or that was signalled too early: the results know better.
+if [ "$status" -eq 0 ] && ! "$program" watch "$out" --once >/dev/null 2>&1; then status=75; fi
 
 # 85: the run stopped for the signal, with a checkpoint. 75: a process was lost, which may happen each time.
 # Others would only repeat.

@@ -157,7 +157,7 @@ def test_options_that_are_computed(option):
 # What it does, with stand-ins for Slurm and MPI
 
 TOOLS = {
-    "mpifedlora": "",
+    "mpifedlora": 'if [ "$1" = watch ]; then exit "${SEEN:-0}"; fi',
     "ompi_info": 'echo "FT MPI support: ${FT:-yes}"; exit "${NO_OMPI:-0}"',
     "scontrol": """
 echo "scontrol $*" >>"$LOG"
@@ -226,6 +226,14 @@ def test_failures_are_not_repeated(stand_ins, code):
     found, _, log = finish(start(stand_ins, CODE=str(code)), stand_ins)
     assert found == code
     assert "scontrol requeue 7" not in log
+
+
+@pytest.mark.parametrize("seen", ["3", "75", "85"])  # as `mpifedlora watch --once` ends
+def test_a_launcher_that_says_0_for_an_unfinished_run_is_not_believed(stand_ins, seen):
+    found, output, log = finish(start(stand_ins, CODE="0", SEEN=seen), stand_ins)
+    assert found == 75
+    assert "goes back to the queue" in output
+    assert log[-1] == "scontrol requeue 7"
 
 
 def test_the_signal_is_handed_on_and_the_job_requeued(stand_ins):
