@@ -94,7 +94,8 @@ def make_server(
 
     model = SimpleNamespace(receive=lambda plan, message: None)
     memory = SimpleNamespace(store=None)
-    replica: Any = SimpleNamespace(model=model, evaluation=None, held_out=None, memory=memory)
+    evaluation = SimpleNamespace(task=SimpleNamespace(metric_names=()))
+    replica: Any = SimpleNamespace(model=model, evaluation=evaluation, held_out=None, memory=memory)
     return Server(
         coordinator,
         transport,
