@@ -173,6 +173,7 @@ def _variates_are_mean_gradients(config: RunTables) -> None:
     needs_one_scope(config, subject, "variates are kept from round to round")
     why = "variates are mean gradients, (x - y) / (steps * learning_rate)"
     needs(config, subject, "training.optimizer", "sgd", why=why)
+    needs(config, subject, "training.head_rate_factor", 1.0, why=why)
     for key in ("training.momentum", "training.mu", *["initiating.mu"] * (config.initiating.rounds > 0)):
         needs(config, subject, key, 0, why=why)
 

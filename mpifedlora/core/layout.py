@@ -187,6 +187,11 @@ class ModelShapes:
     head: tuple[TensorShape, ...]
     body: tuple[TensorShape, ...]
 
+    @cached_property
+    def head_values(self) -> int:
+        """Values of the head, the last of every buffer of trained values."""
+        return sum(math.prod(tensor.shape) for tensor in self.head)
+
     def adapter(self, lora_ranks: Sequence[int], parts: Parts = "ab") -> AdapterLayout:
         """Layout of adapter and head, or of a part of the factors and the head."""
         ranks = tuple(lora_ranks)

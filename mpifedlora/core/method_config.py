@@ -215,6 +215,11 @@ class TrainingConfig(Section):
     full_learning_rate: Positive = Field(
         3e-4, description="Step size where the whole model is trained (`scope = full`)."
     )
+    head_rate_factor: Positive = Field(
+        1.0,
+        description="Step size of the task head and of lora.modules_to_save over that of the rest; under "
+        "SGD too.",
+    )
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Factor on the learning rate over the rounds, from 1 towards 0."
     )

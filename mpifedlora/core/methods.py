@@ -77,6 +77,7 @@ _PRESETS = (
             "aggregation.weights": "equal",
             "training.optimizer": "sgd",
             "training.momentum": 0.0,
+            "training.head_rate_factor": 1.0,
         },
         defaults={"training.full_learning_rate": 0.3},
     ),

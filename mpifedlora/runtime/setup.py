@@ -117,6 +117,7 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
             local_steps=training.local_steps,
             local_epochs=training.local_epochs,
             optimizer=training.optimizer,
+            head_rate_factor=training.head_rate_factor,
             weight_decay=training.weight_decay,
             momentum=training.momentum,
             grad_clip=training.grad_clip,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpifedlora.errors import AdapterError
+from mpifedlora.training.attention import use_float32_attention
 
 # Features of sentence encoders are small (about 0.05 a value); a linear head on them learns at the
 # adapter's learning rate only if they are scaled up. Measured on MiniLM and 20 Newsgroups.
@@ -153,6 +154,7 @@ def build_base(
         AdapterError: if there is no such model, or it has no weights.
     """
     torch.manual_seed(seed)
+    use_float32_attention()
     try:
         kind = ("mean_pooling" if wants_mean_pooling(name) else "stock") if head == "auto" else head
         base = _BUILDERS[kind](name, num_labels, getattr(torch, dtype))

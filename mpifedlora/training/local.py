@@ -39,6 +39,7 @@ class LocalSettings:
     clip_norm: float | None = None
     batching: str = "shuffled"
     carried: Carried = ""
+    head_rate_factor: float = 1.0
     accumulation_steps: int = 1
 
 
@@ -208,7 +209,7 @@ def _steps(
     taken: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     grad = torch.zeros_like(flat)
-    optimizer = _optimizer(flat, grad, settings, plan.learning_rate)
+    optimizer = _optimizer(flat, grad, model.shapes.head_values, settings, plan.learning_rate)
     model.bind(plan, flat, grad, client_id)
     model.train(True)
     torch.manual_seed(torch_seed(settings.seed, "dropout", plan.round_num, client_id))
@@ -277,16 +278,22 @@ def _batches(
 
 
 def _optimizer(
-    flat: Tensor, grad: Tensor, settings: LocalSettings, learning_rate: float
+    flat: Tensor, grad: Tensor, head_values: int, settings: LocalSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
-    parameter = nn.Parameter(flat)
-    parameter.grad = grad
+    """Return an optimiser of flat values, the last of which are the head's."""
+    sizes = [len(flat) - head_values, head_values] if settings.head_rate_factor != 1 else [len(flat)]
+    groups: list[dict[str, object]] = []
+    rates = (learning_rate, learning_rate * settings.head_rate_factor)
+    for values, gradient, rate in zip(
+        torch.split(flat, sizes), torch.split(grad, sizes), rates, strict=False
+    ):
+        parameter = nn.Parameter(values)
+        parameter.grad = gradient
+        groups.append({"params": [parameter], "lr": rate})
     decay = settings.weight_decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            [parameter], learning_rate, momentum=settings.momentum, weight_decay=decay, fused=True
-        )
-    return torch.optim.AdamW([parameter], learning_rate, weight_decay=decay, fused=True)
+        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
 
 
 def _add_proximal(flat: Tensor, reference: Tensor, grad: Tensor, mu: float) -> Tensor:

@@ -151,6 +151,7 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
     (SCAFFOLD | FULL, {"training.optimizer": "adamw"}, "(variates are mean gradients, (x - y) / (steps * le"),
     (SCAFFOLD | FULL, {"training.momentum": 0.9}, "needs training.momentum = 0 ("),
     (SCAFFOLD | FULL, {"training.mu": 0.1}, "needs training.mu = 0 ("),
+    (SCAFFOLD | FULL, {"training.head_rate_factor": 4.0}, "needs training.head_rate_factor = 1.0 ("),
     (SCAFFOLD | FULL, {"initiating.mu": 0.1}, "needs initiating.mu = 0 ("),
     (SCAFFOLD | FULL | ONE_STAGE | {"initiating.mu": 0.1}, {"initiating.rounds": 1}, "needs initiating.mu"),
     (SCAFFOLD | kind("factors"), kind("product"), "so variates of the last round mean nothing"),

@@ -455,7 +455,8 @@ COHERENT: list[dict[str, Any]] = [
     {"training.scope": "full", "initiating.scope": "full", "annealing.schedule": "step"}
     | {"server_optimizer.kind": "fedyogi"},
     {"training.control_variates": True, "aggregation.kind": "factors", "annealing.schedule": "linear"}
-    | {"training.optimizer": "sgd", "training.momentum": 0.0, "training.mu": 0.0, "initiating.rounds": 0},
+    | {"training.optimizer": "sgd", "training.momentum": 0.0, "training.mu": 0.0, "initiating.rounds": 0}
+    | {"training.head_rate_factor": 1.0},
     {"transport.collect": "reduce", "federation.reproducible": False, "training.compile": True, **FIXED},
     {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "bfloat16", "model.quantize": "nf4"},
     {"faults.round_deadline_s": 9.0, "faults.late": "next-round", "federation.reproducible": False},

@@ -135,10 +135,14 @@ class Replay:
     def train(self, task, examples, settings, plan, client_id=0):
         """Return mean loss and penalty."""
         options = {"lr": plan.learning_rate, "weight_decay": settings.weight_decay}
+        head = [shape.name.startswith("classifier") for shape in self.layout.whole]
+        names = [False] * (len(self.trained) - len(head)) + head
+        rates = [plan.learning_rate * (settings.head_rate_factor if is_head else 1) for is_head in names]
+        groups = [{"params": [one], "lr": rate} for one, rate in zip(self.trained, rates, strict=True)]
         if settings.optimizer == "sgd":
-            optimizer = torch.optim.SGD(self.trained, momentum=settings.momentum, **options)
+            optimizer = torch.optim.SGD(groups, momentum=settings.momentum, **options)
         else:
-            optimizer = torch.optim.AdamW(self.trained, **options)
+            optimizer = torch.optim.AdamW(groups, **options)
         losses, penalties = [], []
         for loss in self.losses(task, examples, settings, plan.round_num, client_id):
             pairs = zip(self.trained, self.received, strict=True)
@@ -181,8 +185,10 @@ def has_gradient(replay):
         {"optimizer": "sgd", "momentum": 0.9, "grad_clip": 0.5},
         {"optimizer": "sgd", "local_steps": None, "local_epochs": 1, "batch_size": 32},
         {"batching": "bucketed"},
+        {"head_rate_factor": 8.0},
+        {"head_rate_factor": 4.0, "optimizer": "sgd"},
     ],
-    ids=["adamw", "adamw-plain", "sgd-momentum", "sgd-epoch", "bucketed"],
+    ids=["adamw", "adamw-plain", "sgd-momentum", "sgd-epoch", "bucketed", "head-rate", "sgd-head-rate"],
 )
 def test_training_equals_a_plain_loop(tiny_model_folder, model, task, examples, scope, changes):
     settings = replace(SETTINGS, **changes)
