@@ -493,7 +493,8 @@ RUNS = st.builds(repaired, TABLES, st.sampled_from(COHERENT))
 
 @pytest.fixture(scope="module")
 def shared_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs") / "run.toml"
+    # No name that a generated text could have: a source of that name would be taken for this file.
+    return tmp_path_factory.mktemp("runs") / f"{os.getpid()}.toml"
 
 
 def of_method(tables: dict[str, Any], method: str) -> dict[str, Any]:
