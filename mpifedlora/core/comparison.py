@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -11,11 +11,15 @@ import numpy as np
 
 from mpifedlora.core.curves import Curve, first_reaching, pareto_front
 from mpifedlora.core.differences import CHANGES_NO_NUMBER, Tables, differing_keys
+from mpifedlora.core.metrics import Metric
+from mpifedlora.errors import ConfigError
 
 SEED = "federation.seed"
 _MUST_AGREE = (
     "model.",
     "data.",
+    "task.name",
+    "task.template",
     "federation.num_clients",
     "federation.num_rounds",
     "federation.cohort_size",
@@ -24,7 +28,7 @@ _MUST_AGREE = (
     "evaluation.split",
     "evaluation.max_examples",
 )
-DEFAULT_SHARE = 0.95
+MARGIN = 0.05
 
 
 class Run(NamedTuple):
@@ -35,7 +39,7 @@ class Run(NamedTuple):
         method: its preset.
         config: its configuration.
         status: `finished`, or how else it ended.
-        accuracy: where it was measured.
+        curve: the metric that is compared, where it was measured.
         num_rounds: that are finished.
         total_bytes: sent in both directions.
         wall_s: seconds of its start and of all rounds.
@@ -46,21 +50,16 @@ class Run(NamedTuple):
     method: str
     config: Tables
     status: str
-    accuracy: Curve
+    curve: Curve
     num_rounds: int
     total_bytes: float
     wall_s: float
     reduction: float
 
     @property
-    def final_accuracy(self) -> float:
-        """Accuracy of the last measured round, nan without any."""
-        return float(self.accuracy.values[-1]) if len(self.accuracy.values) else math.nan
-
-    @property
-    def best_accuracy(self) -> float:
-        """The highest accuracy, nan without any."""
-        return float(self.accuracy.values.max()) if len(self.accuracy.values) else math.nan
+    def final(self) -> float:
+        """Metric of the last measured round, nan without any."""
+        return float(self.curve.values[-1]) if len(self.curve.values) else math.nan
 
 
 class Group(NamedTuple):
@@ -76,22 +75,48 @@ class Group(NamedTuple):
 
     @property
     def curve(self) -> Curve:
-        """Mean accuracy, by round and mean bytes, where every run was measured."""
-        common = reduce(np.intersect1d, [run.accuracy.round_nums for run in self.runs])
-        picked = [_pick(run.accuracy, common) for run in self.runs]
+        """Mean of the metric, by round and mean bytes, where every run was measured."""
+        common = reduce(np.intersect1d, [run.curve.round_nums for run in self.runs])
+        picked = [_pick(run.curve, common) for run in self.runs]
         return Curve(common, *(np.mean([part[i] for part in picked], axis=0) for i in (0, 1)))
 
     @property
     def deviation(self) -> Any:
-        """Standard deviation of the accuracy at the points of `curve`; nan of one run."""
+        """Standard deviation of the metric at the points of `curve`; nan of one run."""
         common = self.curve.round_nums
-        values = np.array([_pick(run.accuracy, common)[1] for run in self.runs])
+        values = np.array([_pick(run.curve, common)[1] for run in self.runs])
         return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(len(common), np.nan)
 
 
 def _pick(curve: Curve, round_nums: Any) -> tuple[Any, Any]:
     where = np.isin(curve.round_nums, round_nums)
     return curve.sent_bytes[where], curve.values[where]
+
+
+def choose_metric(runs: Mapping[str, Mapping[str, Curve]], name: str | None) -> str:
+    """Return the metric to compare runs by.
+
+    Args:
+        runs: metrics of each run, by the run's name; curves without points of what was not measured.
+        name: of the metric; None for the first that all runs have.
+
+    Raises:
+        ConfigError: if not all runs have it.
+    """
+    # A run that was not evaluated yet may have any of them.
+    names = {
+        run: [each for each, curve in curves.items() if len(curve.values)] or list(curves)
+        for run, curves in runs.items()
+    }
+    shared = [each for each in next(iter(names.values())) if all(each in found for found in names.values())]
+    if shared and name is None:
+        return shared[0]
+    if name is None or name not in shared:
+        found = "; ".join(f"{run} has {', '.join(each)}" for run, each in names.items())
+        got = "" if name is None else f", got {name}"
+        advice = f"choose {' or '.join(shared)}" if shared else "leave the others out"
+        raise ConfigError(f"the metric must be one that all runs have{got} ({found}); {advice}")
+    return name
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[Group]:
@@ -156,21 +181,21 @@ class Achievement(NamedTuple):
     Args:
         label: of the group.
         num_runs: in it.
-        final_accuracy: of the last measured round.
-        best_accuracy: of any round.
+        final: metric of the last measured round.
+        best: metric of any round.
         total_bytes: sent in both directions.
         reduction: against FedAvg on the whole model.
         num_reached: runs that reach the target.
         bytes_to_target: sent until then; nan unless all runs reach it.
         rounds_to_target: finished until then; nan unless all runs reach it.
         wall_s: seconds.
-        is_efficient: whether no other group ends with as much accuracy for less bytes.
+        is_efficient: whether no other group ends with a metric as good for less bytes.
     """
 
     label: str
     num_runs: int
-    final_accuracy: Spread
-    best_accuracy: Spread
+    final: Spread
+    best: Spread
     total_bytes: Spread
     reduction: Spread
     num_reached: int
@@ -180,37 +205,42 @@ class Achievement(NamedTuple):
     is_efficient: bool
 
 
-def default_target(groups: Sequence[Group]) -> float:
-    """Return 95 % of the best mean accuracy that a group reaches, nan where none was measured."""
-    best = [float(group.curve.values.max()) for group in groups if len(group.curve.values)]
-    return DEFAULT_SHARE * max(best, default=math.nan)
+def default_target(groups: Sequence[Group], metric: Metric) -> float:
+    """Return what is 5 % short of the best mean that a group reaches, nan where none was measured."""
+    best = _best([group.curve for group in groups], metric)
+    return best - float(metric.gain(MARGIN * abs(best)))
 
 
-def compare(groups: Sequence[Group], target: float) -> list[Achievement]:
+def _best(curves: Sequence[Curve], metric: Metric) -> float:
+    values = np.concatenate([curve.values for curve in curves])
+    return float(values[metric.gain(values).argmax()]) if len(values) else math.nan
+
+
+def compare(groups: Sequence[Group], target: float, metric: Metric) -> list[Achievement]:
     """Return what each group has achieved.
 
     Args:
         groups: of runs.
-        target: accuracy, 0 to 1, that bytes and rounds are counted up to.
+        target: value of the metric that bytes and rounds are counted up to.
+        metric: that the runs' curves hold.
     """
-    ends = [
-        (_spread(g, lambda run: run.total_bytes), _spread(g, lambda run: run.final_accuracy)) for g in groups
-    ]
-    front = pareto_front([sent.mean for sent, _ in ends], [accuracy.mean for _, accuracy in ends])
-    return [_achievement(group, target, index in front) for index, group in enumerate(groups)]
+    sent = [_spread(group, lambda run: run.total_bytes).mean for group in groups]
+    final = [_spread(group, lambda run: run.final).mean for group in groups]
+    front = pareto_front(sent, metric.gain(final))
+    return [_achievement(group, target, metric, index in front) for index, group in enumerate(groups)]
 
 
 def _spread(group: Group, number: Callable[[Run], float]) -> Spread:
     return Spread.of(number(run) for run in group.runs)
 
 
-def _achievement(group: Group, target: float, is_efficient: bool) -> Achievement:
-    reached = [_reach(run.accuracy, target) for run in group.runs]
+def _achievement(group: Group, target: float, metric: Metric, is_efficient: bool) -> Achievement:
+    reached = [_reach(run.curve, target, metric) for run in group.runs]
     return Achievement(
         label=group.label,
         num_runs=len(group.runs),
-        final_accuracy=_spread(group, lambda run: run.final_accuracy),
-        best_accuracy=_spread(group, lambda run: run.best_accuracy),
+        final=_spread(group, lambda run: run.final),
+        best=_spread(group, lambda run: _best([run.curve], metric)),
         total_bytes=_spread(group, lambda run: run.total_bytes),
         reduction=_spread(group, lambda run: run.reduction),
         num_reached=sum(math.isfinite(sent) for sent, _ in reached),
@@ -221,19 +251,19 @@ def _achievement(group: Group, target: float, is_efficient: bool) -> Achievement
     )
 
 
-def _reach(curve: Curve, target: float) -> tuple[float, float]:
-    index = first_reaching(curve.values, target)
+def _reach(curve: Curve, target: float, metric: Metric) -> tuple[float, float]:
+    index = first_reaching(metric.gain(curve.values), float(metric.gain(target)))
     if index is None:
         return math.nan, math.nan
     return float(curve.sent_bytes[index]), float(curve.round_nums[index])
 
 
-def front_points(groups: Sequence[Group]) -> tuple[list[float], list[float]]:
-    """Return bytes and accuracy of the Pareto front over all measured rounds of all groups."""
+def front_points(groups: Sequence[Group], metric: Metric) -> tuple[list[float], list[float]]:
+    """Return bytes and metric of the Pareto front over all measured rounds of all groups."""
     sent = np.concatenate([group.curve.sent_bytes for group in groups])
-    accuracy = np.concatenate([group.curve.values for group in groups])
-    front = pareto_front(sent, accuracy)
-    return sent[front].tolist(), accuracy[front].tolist()
+    values = np.concatenate([group.curve.values for group in groups])
+    front = pareto_front(sent, metric.gain(values))
+    return sent[front].tolist(), values[front].tolist()
 
 
 def comparability_notes(groups: Sequence[Group]) -> list[str]:

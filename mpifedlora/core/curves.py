@@ -78,6 +78,24 @@ def measured(rounds: Arrays, name: str) -> Curve:
     return Curve(np.asarray(rounds["round_num"])[known], sent_bytes(rounds)[known], values[known])
 
 
+def evaluated(rounds: Arrays, metric_names: Sequence[str]) -> dict[str, Curve]:
+    """Return each metric of the evaluated models, the one that says most of a task first.
+
+    Args:
+        rounds: as `/rounds` of the results has them.
+        metric_names: of `eval_metrics`.
+
+    Returns:
+        accuracy, the task's own, macro-F1 and loss, by name; curves without points of what a task has not.
+    """
+    own = {
+        name: measured({**rounds, name: rounds["eval_metrics"][:, place]}, name)
+        for place, name in enumerate(metric_names)
+    }
+    known = {name: measured(rounds, f"eval_{name}") for name in ("accuracy", "macro_f1", "loss")}
+    return {"accuracy": known["accuracy"], **own, **known}
+
+
 class Phases(NamedTuple):
     """Where the time of each round went.
 

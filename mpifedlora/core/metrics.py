@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,6 +19,46 @@ class Metrics(NamedTuple):
     accuracy: float = math.nan
     macro_f1: float = math.nan
     others: Mapping[str, float] = MappingProxyType({})
+
+
+_LESS_IS_BETTER = frozenset(
+    ("loss", "perplexity", "error", "errors", "mae", "mse", "rmse", "nll", "wer", "cer", "brier")
+)
+
+
+class Metric(NamedTuple):
+    """A metric by its name, and which of its values are the better ones.
+
+    Args:
+        name: as the results have it: `accuracy`, `macro_f1`, `loss`, or one of the task's own.
+        is_less_better: whether lower values are.
+    """
+
+    name: str
+    is_less_better: bool = False
+
+    @staticmethod
+    def named(name: str) -> Metric:
+        """Return a metric whose name tells: less is better of losses, errors and perplexities.
+
+        >>> [Metric.named(name).is_less_better for name in ("accuracy", "perplexity", "error_rate")]
+        [False, True, True]
+        """
+        return Metric(name, not _LESS_IS_BETTER.isdisjoint(re.split(r"[^a-z0-9]+", name.lower())))
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is known to lie in 0 to 1."""
+        return self.name in ("accuracy", "macro_f1", "token_accuracy")
+
+    @property
+    def label(self) -> str:
+        """Its name as people read it."""
+        return self.name.replace("_", " ")
+
+    def gain(self, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Return values of which more is better."""
+        return np.asarray(values, np.float64) * (-1 if self.is_less_better else 1)
 
 
 def classification_metrics(

@@ -25,6 +25,18 @@ def human_bytes(count: int) -> str:
     return f"{value / 1000:.1f} PB"
 
 
+def human_number(value: float) -> str:
+    """Write a number with three decimals, a large or tiny one with four digits.
+
+    >>> human_number(0.66125), human_number(1523.2741), human_number(0.00041239), human_number(math.nan)
+    ('0.661', '1523', '0.0004124', '-')
+    """
+    if not math.isfinite(value):
+        return "-"
+    is_usual = value == 0 or 0.01 <= abs(value) < 100
+    return f"{value:.3f}" if is_usual else f"{value:.4g}"
+
+
 def human_time(seconds: float) -> str:
     """Write a duration in its two largest units; `?` where it is not known.
 

@@ -57,6 +57,15 @@ def test_compare_as_json_names_its_figures(runs: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [["compare"], ["compare", "x", "--target", "60"], ["report"]])
+def test_compare_by_another_metric(runs: Path) -> None:
+    result = invoke("compare", str(runs / "a"), str(runs / "b"), "--metric", "loss", "--target", "1.5")
+    assert result.exit_code == 0, result.output
+    assert "target loss 1.500 (less is better)" in result.output
+    unknown = invoke("compare", str(runs / "a"), "--metric", "bleu")
+    assert unknown.exit_code != 0
+    assert "got bleu" in str(unknown.exception)
+
+
+@pytest.mark.parametrize("arguments", [["compare"], ["compare", "x", "--target", "most"], ["report"]])
 def test_wrong_usage(arguments: list[str]) -> None:
     assert invoke(*arguments).exit_code == 2

@@ -13,15 +13,15 @@ from made_runs import make_run
 from mpifedlora.core.comparison import Spread
 from mpifedlora.errors import CheckpointError, ConfigError
 from mpifedlora.io.compare import (
-    HEAD,
-    SHORT_HEAD,
     Comparison,
     as_json,
     cells,
     escape_latex,
+    head,
     latex_table,
     numbers,
     read_comparison,
+    short_head,
     write_csv,
     write_figures,
 )
@@ -50,7 +50,7 @@ def test_runs_are_read_as_their_results_say(comparison: Comparison) -> None:
     last = 1 - math.exp(-3)
     assert [row.label for row in comparison.rows] == ["sa-fedlora", "fedit", "fedavg"]
     assert (sa.num_runs, fedit.num_runs, fedavg.num_runs) == (2, 2, 1)
-    assert sa.final_accuracy == pytest.approx((0.55 * last, 0.1 / math.sqrt(2) * last))
+    assert sa.final == pytest.approx((0.55 * last, 0.1 / math.sqrt(2) * last))
     assert sa.wall_s.mean == 3 + 6 * 12
     assert fedavg.total_bytes.mean == pytest.approx(90 * sa.total_bytes.mean, rel=0.01)
     assert comparison.target == pytest.approx(0.95 * 0.55 * last)
@@ -66,7 +66,9 @@ def test_a_target_of_the_users_counts(folders: list[Path]) -> None:
 
 
 def test_cells_fit_both_heads(comparison: Comparison) -> None:
-    assert {len(cells(row)) for row in comparison.rows} == {len(HEAD)} == {len(SHORT_HEAD)}
+    heads = head(comparison.metric), short_head(comparison.metric)
+    assert {len(cells(row)) for row in comparison.rows} == {len(heads[0])} == {len(heads[1])}
+    assert (heads[0][2], heads[1][2]) == ("final accuracy", "accuracy")
     sa, _, fedavg = (cells(row) for row in comparison.rows)
     assert sa[:4] == ("sa-fedlora", "2", "0.523 ± 0.067", "0.523 ± 0.067")
     assert fedavg[2] == "0.285"
@@ -75,11 +77,11 @@ def test_cells_fit_both_heads(comparison: Comparison) -> None:
 
 def test_csv_has_plain_numbers_and_empty_cells(comparison: Comparison, tmp_path: Path) -> None:
     path = tmp_path / "new" / "table.csv"
-    write_csv(path, [numbers(row) for row in comparison.rows])
+    write_csv(path, [numbers(row, comparison.metric) for row in comparison.rows])
     with path.open(newline="") as stream:
         sa, _, fedavg = csv.DictReader(stream)
-    assert float(sa["final_accuracy"]) == comparison.rows[0].final_accuracy.mean
-    assert float(sa["final_accuracy_sd"]) == comparison.rows[0].final_accuracy.deviation
+    assert float(sa["final_accuracy"]) == comparison.rows[0].final.mean
+    assert float(sa["final_accuracy_sd"]) == comparison.rows[0].final.deviation
     assert fedavg["final_accuracy_sd"] == fedavg["bytes_to_target"] == ""
     assert "nan" not in path.read_text()
 
@@ -145,8 +147,52 @@ def test_runs_without_an_accuracy_have_rows_but_no_figure(tmp_path: Path) -> Non
         ("-", "-", "0 B", "-", "-", "-", "3s"),
     ]
     assert any("has not finished" in note for note in compared.notes)
-    with pytest.raises(ConfigError, match="must have measured an accuracy"):
+    with pytest.raises(ConfigError, match="must have measured their accuracy"):
         write_figures(compared, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def language_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("language")
+    made = {"metrics": ("perplexity", "token_accuracy"), "has_accuracy": False}
+    return [
+        make_run(folder / "sa", accuracy=-0.6, **made),  # its perplexity falls
+        make_run(folder / "fedit", accuracy=0.2, method="fedit", bytes_each=2_000_000, **made),
+    ]
+
+
+def test_without_an_accuracy_the_first_metric_of_the_task_is_compared(
+    language_runs: list[Path], tmp_path: Path
+) -> None:
+    compared = read_comparison(language_runs)
+    assert compared.metric == ("perplexity", True)
+    sa, fedit = compared.rows
+    assert sa.final.mean == sa.best.mean < 0 < fedit.best.mean < fedit.final.mean
+    assert (sa.is_efficient, fedit.is_efficient) == (True, False)
+    assert numbers(sa, compared.metric)["final_perplexity"] == sa.final.mean
+    assert as_json(compared)["metric"] == "perplexity"
+    assert "final perplexity" in latex_table(compared)
+    assert "less is better" in latex_table(compared)
+    paths = write_figures(compared, tmp_path)
+    assert {path.stem for path in paths} == {"perplexity_by_bytes", "perplexity_by_round"}
+    words = {node.text for node in ElementTree.parse(paths[1]).iter("{http://www.w3.org/2000/svg}text")}
+    assert "perplexity" in words
+
+
+def test_the_users_metric_and_direction_count(language_runs: list[Path], folders: list[Path]) -> None:
+    more = read_comparison(language_runs, metric="perplexity", is_less_better=False)
+    assert [row.is_efficient for row in more.rows] == [True, True]
+    by_loss = read_comparison([*folders[:1], *language_runs[1:]], 1.4, metric="loss")
+    assert [row.final.mean for row in by_loss.rows] == [1.0, 1.0]
+    assert [row.rounds_to_target.mean for row in by_loss.rows] == [4, 4]
+    with pytest.raises(ConfigError, match=r"all runs have, got accuracy .*sa-0 has accuracy, .*choose loss"):
+        read_comparison([*folders[:1], *language_runs], metric="accuracy")
+
+
+@pytest.mark.parametrize(("target", "metric"), [(60, None), (math.nan, "loss"), (-0.1, "macro_f1")])
+def test_a_target_that_cannot_be_is_refused(folders: list[Path], target: float, metric: str | None) -> None:
+    with pytest.raises(ConfigError, match="the target must be"):
+        read_comparison(folders, target, metric=metric)
 
 
 def test_a_run_counts_once(folders: list[Path]) -> None:
@@ -161,4 +207,4 @@ def test_a_folder_without_a_run_is_named(folders: list[Path], tmp_path: Path) ->
 
 def test_spreads_are_numbers_for_programs(comparison: Comparison) -> None:
     row = comparison.rows[0]._replace(wall_s=Spread(math.inf, math.nan))
-    assert numbers(row)["wall_s"] is None
+    assert numbers(row, comparison.metric)["wall_s"] is None

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ConfigError
+from mpifedlora.io.compare import read_comparison
 from mpifedlora.io.results import read_results
 from mpifedlora.io.run_file import read_run_file
 from mpifedlora.runtime import launch
@@ -56,6 +57,20 @@ def test_it_learns_and_its_metrics_are_in_the_results(run):
     assert perplexity[-1] < perplexity[0] < 300
     assert ((token_accuracy >= results.rounds["eval_accuracy"]) & (token_accuracy < 1)).all()
     assert results.rounds["module_ranks"][-1].max() < results.rounds["module_ranks"][0].max()
+
+
+def test_runs_are_compared_by_their_perplexity(run, folder):
+    settings = settings_of(folder, "federation.method=fedit", "federation.num_rounds=1")
+    assert launch.run(EXAMPLES / "causal_lm.toml", settings, folder / "short", True) == 0
+    rounds = read_results(run).rounds
+    perplexity = rounds["eval_metrics"][:, 0]
+    compared = read_comparison([run, folder / "short"], float(perplexity[2]), metric="perplexity")
+    long, short = compared.rows
+    assert long.final.mean == perplexity[-1] < short.final.mean
+    assert long.rounds_to_target.mean == int((perplexity <= perplexity[2]).argmax()) + 1
+    assert (long.num_reached, short.num_reached) == (1, 0)
+    assert (long.is_efficient, short.is_efficient) == (True, True)  # the short one has sent less
+    assert read_comparison([run]).metric.name == "accuracy"  # exact match
 
 
 def test_the_loaded_adapter_gives_the_measured_loss(run, folder):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from written_results import NUM_CLIENTS, make_row, without_client, write_results
+from made_runs import NUM_CLIENTS, make_row, without_client, write_results
 
 from mpifedlora.cli.results import command
 from mpifedlora.errors import CheckpointError

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 import support
-from written_results import make_row
+from made_runs import make_row
 
 from mpifedlora import Callback, Federation, read_results
 from mpifedlora.core.sections import TrackingConfig

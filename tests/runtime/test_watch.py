@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import support
-from written_results import make_row, without_client, write_results
+from made_runs import make_row, without_client, write_results
 
 from mpifedlora.core.charts import ASCII, BLOCKS
 from mpifedlora.errors import CheckpointError
