@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class
+from click.shell_completion import BashComplete, CompletionItem, ZshComplete, add_completion_class
 
 F = TypeVar("F", bound=Callable[..., Any])
 COMPLETE_VARIABLE = "_MPIFEDLORA_COMPLETE"
@@ -75,7 +75,19 @@ class _Bash(BashComplete):
         return f"{item.type},{str(item.value).removeprefix(self.joined)}"
 
 
+class _Zsh(ZshComplete):
+    """Completion for Zsh: no space behind a key either. Fish does so by itself."""
+
+    source_template = ZshComplete.source_template.replace(
+        "        compadd -U -V unsorted -a completions\n",
+        "        local -a after; [[ $completions[1] == *= ]] && after=(-S '')\n"
+        '        compadd "${after[@]}" -U -V unsorted -a completions\n',
+        1,
+    )
+
+
 def prepare_completion() -> None:
-    """Take this file's completion for Bash, where a shell asks."""
+    """Take this file's completion for Bash and Zsh, where a shell asks."""
     if COMPLETE_VARIABLE in os.environ:
         add_completion_class(_Bash)
+        add_completion_class(_Zsh)

@@ -18,10 +18,9 @@ from mpifedlora.cli.options import settings_option
 @click.argument("run_file", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--out",
-    required=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Folder for the results; one that holds a run already is refused.",
+    help="Folder for the results, by default runs/NAME for NAME.toml; one that holds a run is refused.",
 )
 @settings_option
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
@@ -32,7 +31,7 @@ from mpifedlora.cli.options import settings_option
     "the run.toml there counts.",
 )
 def command(
-    run_file: Path | None, out: Path, overrides: tuple[str, ...], overwrite: bool, resume: bool
+    run_file: Path | None, out: Path | None, overrides: tuple[str, ...], overwrite: bool, resume: bool
 ) -> None:
     """Train the federation that RUN_FILE describes.
 
@@ -47,8 +46,9 @@ def command(
     """
     from mpifedlora.runtime import launch
 
-    if run_file is None and not resume:
-        raise click.UsageError("RUN_FILE must be given, got none; name it, or add --resume")
+    if run_file is None and (out is None or not resume):
+        raise click.UsageError("RUN_FILE must be given, got none; name it, or go on with --resume --out DIR")
     if overwrite and resume:
         raise click.UsageError("--overwrite and --resume exclude each other; choose one")
-    sys.exit(launch.run(run_file, overrides, out, overwrite, resumes=resume))
+    folder = out or Path("runs", run_file.stem if run_file else "")
+    sys.exit(launch.run(run_file, overrides, folder, overwrite, resumes=resume))

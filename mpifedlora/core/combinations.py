@@ -43,14 +43,16 @@ def _full_follows_no_adapter(config: RunTables) -> None:
 
 
 def _cooling_fits(config: RunTables) -> None:
-    num_annealing = config.federation.num_rounds - config.initiating.rounds
-    planned = config.annealing.heating_rounds + (config.annealing.cooling_rounds or 1)
-    if config.annealing.schedule != "constant" and 0 < num_annealing < planned:
+    num_rounds, initiating = config.federation.num_rounds, config.initiating.rounds
+    heating, cooling = config.annealing.heating_rounds, config.annealing.cooling_rounds or 1
+    least, room = initiating + heating + cooling, num_rounds - initiating - cooling
+    if config.annealing.schedule != "constant" and initiating < num_rounds < least:
+        lower = f"annealing.heating_rounds to {room}" if room >= 0 else "annealing.cooling_rounds"
         refuse(
-            "annealing.heating_rounds and at least one round of cooling (annealing.cooling_rounds) must fit "
-            f"into the {num_annealing} rounds after the initiating stage",
-            f"{planned} together",
-            "lower annealing.heating_rounds or initiating.rounds, or raise federation.num_rounds",
+            f"federation.num_rounds must be at least {least} ({initiating} of initiating.rounds, "
+            f"{heating} of annealing.heating_rounds, {cooling} of cooling)",
+            str(num_rounds),
+            f"raise it, or lower {lower}",
         )
 
 

@@ -97,13 +97,15 @@ def test_run_hands_everything_to_launch(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls[-1] == (Path("a.toml"), (), Path("b"), False, False)
     assert invoke("run", "--resume", "--out", "b").exit_code == 85
     assert calls[-1] == (None, (), Path("b"), False, True)
+    assert invoke("run", "files/a.toml", "--resume").exit_code == 85
+    assert calls[-1] == (Path("files/a.toml"), (), Path("runs/a"), False, True)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ["run"],
-        ["run", "a.toml"],
+        ["run", "--resume"],
         ["run", "a.toml", "--out"],
         ["run", "--out", "b"],
         ["run", "a.toml", "--out", "b", "--resume", "--overwrite"],
@@ -170,6 +172,15 @@ def test_methods_as_json() -> None:
     assert [method["name"] for method in methods] == list(METHODS)
     assert methods[3]["settings"]["training.control_variates"] is True
     assert methods[2]["defaults"] == {"training.mu": 0.01}
+
+
+def test_version_as_json() -> None:
+    found = json.loads(invoke("version", "--json").output)
+    lines = invoke("version", "--verbose").output.splitlines()
+    assert [[name, version or "not"] for name, version in found.items()] == [
+        line.split()[:2] for line in lines
+    ]
+    assert found["torch"].startswith("2.")
 
 
 def test_version() -> None:

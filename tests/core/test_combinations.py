@@ -76,8 +76,19 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
         {"initiating.scope": "adapter"},
         'after an adapter, got initiating.scope = "adapter" and training.scope',
     ),
-    ({"annealing.cooling_rounds": 16}, {"annealing.cooling_rounds": 17}, "fit into the 18 rounds after the"),
-    (TARGET, {"annealing.heating_rounds": 18}, "initiating stage, got 19 together; lower annealing.heating"),
+    (
+        {"annealing.cooling_rounds": 16},
+        {"annealing.cooling_rounds": 19},
+        "(2 of initiating.rounds, 2 of annealing.heating_rounds, 19 of cooling), got 20; raise it, or lower "
+        "annealing.cooling_rounds",
+    ),
+    (TARGET, {"annealing.heating_rounds": 18}, "num_rounds must be at least 21"),
+    (
+        {"federation.num_rounds": 5},
+        {"federation.num_rounds": 3},
+        "must be at least 5 (2 of initiating.rounds, 2 of annealing.heating_rounds, 1 of cooling), got 3; "
+        "raise it, or lower annealing.heating_rounds to 0",
+    ),
     # a fixed or kept factor
     (
         B_ONLY,
