@@ -62,6 +62,15 @@ def write_labels(folder: Path, label_names: Sequence[str]) -> None:
     _write_files(folder, {LABELS_FILE: json.dumps(list(label_names), ensure_ascii=False).encode()})
 
 
+def write_image_processor(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write how images become a model's numbers, as transformers' `AutoImageProcessor` reads it.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    _write_files(folder, {"preprocessor_config.json": json.dumps(settings, indent=2).encode()})
+
+
 def read_labels(folder: Path) -> list[str] | None:
     """Return what `write_labels` has written; None where it has not.
 

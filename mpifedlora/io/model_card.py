@@ -142,6 +142,8 @@ def _figures(results: Results, facts: CardFacts) -> str:
 def _usage(facts: CardFacts) -> str:
     if not facts.is_merged:
         return _ADAPTER_POOLED if facts.is_pooled else _ADAPTER_STOCK
+    if facts.pipeline == "image-classification":
+        return _MERGED_IMAGES
     if not facts.is_pooled and facts.pipeline != "text-classification":
         return _MERGED_OTHER.replace("CLASS", facts.class_name)
     text = _MERGED_POOLED if facts.is_pooled else _MERGED_STOCK
@@ -182,6 +184,22 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER").eval()
 batch = tokenizer(["a text"], return_tensors="pt", padding=True, truncation=True, max_length=LENGTH)
+logits = model(**batch).logits
+```
+
+`FOLDER` is this folder.
+"""
+
+_MERGED_IMAGES = """## Use
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+model = AutoModelForImageClassification.from_pretrained("FOLDER").eval()
+images = [Image.open("a.png")]
+batch = processor(images, return_tensors="pt")
 logits = model(**batch).logits
 ```
 

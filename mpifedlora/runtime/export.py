@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpifedlora.core.snapshot import trained
 from mpifedlora.errors import CheckpointError, ConfigError
-from mpifedlora.io.adapter_files import write_labels, write_tensors
+from mpifedlora.io.adapter_files import write_image_processor, write_labels, write_tensors
 from mpifedlora.io.atomic import replace_file
 from mpifedlora.io.checkpoints import CheckpointStore
 from mpifedlora.io.client_store import ClientStore
@@ -23,10 +23,15 @@ from mpifedlora.runtime.exporting import Adapter, TrainedModel
 from mpifedlora.runtime.memory import Memory
 from mpifedlora.runtime.setup import quiet_libraries
 from mpifedlora.training.base import FEATURE_SCALE, load_weights
+from mpifedlora.training.image_classification import ImageTask
 from mpifedlora.training.merging import merge_adapter, save_model
 from mpifedlora.training.task import TextTask
 
-_PIPELINES = {"classification": "text-classification", "causal-lm": "text-generation"}
+_PIPELINES = {
+    "classification": "text-classification",
+    "causal-lm": "text-generation",
+    "image-classification": "image-classification",
+}
 
 
 def export(
@@ -145,3 +150,5 @@ def _write_merged(folder: Path, model: TrainedModel, adapter: Adapter | None, la
         write_tensors(folder / POOLED_HEAD_FILE, head)
     if isinstance(task, TextTask):
         task.tokenizer.save_pretrained(folder)
+    elif isinstance(task, ImageTask):
+        write_image_processor(folder, task.processor())

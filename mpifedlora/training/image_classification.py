@@ -59,6 +59,22 @@ class ImageTask(LabelTask):
         labels = torch.from_numpy(examples.labels[indices]).to(self.device, non_blocking=True)
         return {"pixel_values": self._normalised(pixels.permute(0, 3, 1, 2))}, labels
 
+    def processor(self) -> dict[str, Any]:
+        """Return the same for transformers, as the settings of an image processor."""
+        height, width = self.size
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": self.num_channels == 3,
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "resample": 2,  # bilinear
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.mean.flatten().expand(self.num_channels).tolist(),
+            "image_std": self.std.flatten().expand(self.num_channels).tolist(),
+        }
+
     def _normalised(self, pixels: Tensor) -> Tensor:
         values = pixels.float() / 255
         if values.shape[2:] != self.size:

@@ -112,6 +112,31 @@ def test_a_merged_model_gives_them_without_this_package(made, tmp_path, name):
         assert model.config.id2label == {0: "animals", 1: "food", 2: "music"}
 
 
+def test_a_vision_transformer_is_merged_with_what_makes_its_images_numbers(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    support.make_images(tmp_path / "images" / "train", 36, seed=1)
+    test = support.make_images(tmp_path / "images" / "test", 12, seed=2)
+    vit = support.make_vit(tmp_path / "vit")
+    (vit / "preprocessor_config.json").write_text('{"image_mean": [0.3], "image_std": [0.2]}')
+    settings = ["task.name=image-classification", f"model.name={vit}", f"data.source={tmp_path}/images",
+                "initiating.scope=full", "initiating.mu=0", "federation.num_clients=3"]  # fmt: skip
+    run_folder, out = tmp_path / "run", tmp_path / "out"
+    assert launch.run(support.make_run_file(tmp_path), settings, run_folder, False) == 0
+    export(run_folder, out, merges=True)
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    code = lines_of(card.text, out)
+    assert "mpifedlora" not in code
+    files = sorted(test.rglob("*.png"))
+    names = {"ours": [image.open(file) for file in files]}
+    exec(re.sub(r"^images = .*$", "images = ours", code, flags=re.MULTILINE), names)
+    labels = torch.tensor([names["model"].config.label2id[file.parent.name] for file in files])
+    loss = functional.cross_entropy(names["logits"], labels).item()
+    found = loss, (names["logits"].argmax(1) == labels).float().mean().item()
+    assert_are_of_round(found, run_folder, 4)
+
+
 def test_half_precision_stays_what_it_is(made, tmp_path):
     run_folder = made("half")
     export(run_folder, tmp_path / "adapter", merges=False)
