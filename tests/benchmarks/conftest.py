@@ -1,6 +1,7 @@
-"""The benchmarks are scripts, not a package: their folder goes where they expect it."""
+"""The benchmarks are scripts, not a package: their folders go where they expect them."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path += [str(BENCHMARKS), str(BENCHMARKS / "study")]
