@@ -139,13 +139,16 @@ def train_client(
         change = drift.finish(reference, flat, len(losses) * plan.learning_rate)
         values[shared.num_values :].copy_(change)
         kept["variate"] = drift.own.cpu()
-    is_finite = _is_finite(values) and _is_finite(flat)
+    is_finite = _is_finite(values) and (is_in_place or _is_finite(flat))
     staleness = plan.round_num - before.begun if before else 0
     return LocalResult(taken + len(losses), _mean(losses), _mean(penalties), is_finite, kept, staleness)
 
 
 def _is_finite(values: Tensor) -> bool:
-    return bool((values.abs() < LARGEST_VALUE).all())
+    if not values.numel():
+        return True
+    low, high = torch.aminmax(values)  # in one pass, without a copy; a nan makes both nan
+    return bool((low > -LARGEST_VALUE) & (high < LARGEST_VALUE))
 
 
 def _progress(
