@@ -1,0 +1,212 @@
+"""What the study runs: settings, arms, and the trials of each stage.
+
+A *setting* is a data set and a federation; an *arm* is a method with what it may choose from. A run has a
+setting, an arm, its learning rate, a seed, and the part of the data that it is measured on: choices are
+made on `validation` (a tenth of the training data), and reported on `test`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Switches = Mapping[str, Any]
+
+SEEDS = (0, 1, 2)
+ADAPTER_RATES = (2e-3, 4e-3, 8e-3)
+FULL_RATES = (1.5e-4, 3e-4, 6e-4)
+ADAPTER_KEY, FULL_KEY = "training.learning_rate", "training.full_learning_rate"
+
+COMMON: Switches = {
+    "model.name": "minilm",
+    "model.dropout": 0.0,
+    "data.partition": "dirichlet",
+    "data.alpha": 0.5,
+    "data.max_length": 32,
+    "data.validation_fraction": 0.1,
+    "federation.num_clients": 8,
+    "federation.num_rounds": 40,
+    "training.local_steps": 4,
+    "training.batch_size": 8,
+    "training.precision": "bfloat16",
+    "training.threads": 1,
+    "evaluation.max_examples": 2000,
+    "checkpoint.every": 0,
+}
+
+SETTINGS: Mapping[str, Switches] = {
+    "20newsgroups": {"data.source": "20newsgroups"},
+    "r52": {"data.source": "reuters-r52"},
+    "20newsgroups-iid": {"data.source": "20newsgroups", "data.partition": "iid"},
+    "20newsgroups-dirichlet-0.1": {"data.source": "20newsgroups", "data.alpha": 0.1},
+    "20newsgroups-64-clients": {
+        "data.source": "20newsgroups",
+        "federation.num_clients": 64,
+        "federation.cohort_size": 8,
+    },
+}
+
+
+TUNED = ("20newsgroups", "r52")  # the other settings take over what was chosen on the first
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method under study.
+
+    Args:
+        name: of the arm.
+        about: one line for tables.
+        switches: what it sets.
+        rates: learning rates that it may choose from.
+        rate_key: what the learning rate sets.
+        follows: arm whose choice of the learning rate it takes over, without runs of its own.
+    """
+
+    name: str
+    about: str
+    switches: Switches
+    rates: tuple[float, ...] = ADAPTER_RATES
+    rate_key: str = ADAPTER_KEY
+    follows: str | None = None
+
+    def settings(self, setting: str) -> dict[str, Any]:
+        """Return all switches of its runs in a setting but seed, learning rate and evaluation."""
+        return {**COMMON, **SETTINGS[setting], **self.switches}
+
+
+def _lora(rank: int) -> Switches:
+    return {"lora.rank_max": rank, "lora.alpha": 4.0 * rank}
+
+
+ANNEALED: Switches = {"federation.method": "sa-fedlora", **_lora(11), "lora.rank_min": 2}
+CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.local_steps": 32}
+FULL: Mapping[str, Any] = {"rates": FULL_RATES, "rate_key": FULL_KEY}
+
+CORE: tuple[Arm, ...] = (
+    Arm("fedavg", "FedAvg, whole model", {"federation.method": "fedavg"}, **FULL),
+    Arm("fedprox", "FedProx, whole model", {"federation.method": "fedprox"}, **FULL, follows="fedavg"),
+    Arm("fedit-r16", "FedIT, rank 16", {"federation.method": "fedit", **_lora(16)}),
+    Arm("fedit-r8", "FedIT, rank 8", {"federation.method": "fedit", **_lora(8)}, follows="fedit-r16"),
+    Arm("fedit-r7", "FedIT, rank 7: SA-FedLoRA's bytes", {"federation.method": "fedit", **_lora(7)}),
+    Arm("fedit-r2", "FedIT, rank 2", {"federation.method": "fedit", **_lora(2)}, follows="fedit-r16"),
+    Arm("ffa-lora", "FFA-LoRA, rank 16", {"federation.method": "ffa-lora", **_lora(16)}),
+    Arm("flora", "FLoRA, rank 16", {"federation.method": "flora", **_lora(16)}),
+    Arm("fedex-lora", "FedEx-LoRA, rank 16", {"federation.method": "fedex-lora", **_lora(16)}),
+    Arm("flexlora", "FlexLoRA, rank 16", {"federation.method": "flexlora", **_lora(16)}),
+    Arm("sa-published", "SA-FedLoRA as published: a `full` round, then `drop`", {
+        **ANNEALED, **_lora(16), "initiating.scope": "full", "initiating.rounds": 1, "annealing.cut": "drop",
+    }, follows="sa-full"),
+    Arm("sa-full", "SA-FedLoRA, a `full` round first, `freeze`", {
+        **ANNEALED, **_lora(16), "initiating.scope": "full", "initiating.rounds": 1,
+    }),
+    Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
+)  # fmt: skip
+
+# One factor at a time from `sa-adapter`, at its learning rate.
+ABLATIONS: tuple[Arm, ...] = tuple(
+    Arm(f"sa-adapter+{name}", about, {**ANNEALED, **changes}, follows="sa-adapter")
+    for name, about, changes in (
+        ("drop", "directions that are cut are discarded", {"annealing.cut": "drop"}),
+        ("cosine", "cosine cooling", {"annealing.schedule": "cosine"}),
+        ("cubic", "cubic cooling", {"annealing.schedule": "cubic"}),
+        ("exponential", "exponential cooling", {"annealing.schedule": "exponential"}),
+        ("constant-rate", "learning rate constant over the rounds", {"training.learning_rate_schedule": "constant"}),
+        ("linear-rate", "learning rate linear over the rounds", {"training.learning_rate_schedule": "linear"}),
+        ("heating-8", "8 rounds of heating instead of 2", {"annealing.heating_rounds": 8}),
+        ("heating-0", "no heating", {"annealing.heating_rounds": 0}),
+        ("rank-min-1", "the rank ends at 1", {"lora.rank_min": 1}),
+        ("rank-min-4", "the rank ends at 4", {"lora.rank_min": 4}),
+        ("no-initiating", "no initiating stage", {"initiating.rounds": 0}),
+        ("mu-0", "initiating without penalty", {"initiating.mu": 0.0}),
+        ("mu-0.1", "initiating with mu 0.1", {"initiating.mu": 0.1}),
+        ("factors", "A and B averaged apart", {"aggregation.kind": "factors"}),
+        ("spectral", "ranks shared out by singular values", {"annealing.allocation": "spectral"}),
+        ("target", "cut while the held-out accuracy bears it", {"annealing.schedule": "target"}),
+        ("metropolis", "cuts tried before they are sent (drop)", {
+            "annealing.schedule": "metropolis", "annealing.cut": "drop",
+        }),
+        ("bfloat16-wire", "bfloat16 both ways", {
+            "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
+        }),
+        ("int8-wire", "int8 both ways", {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "int8"}),
+        *((f"r{rank}", f"rank_max {rank}", _lora(rank)) for rank in (4, 6, 8, 16)),
+    )
+)  # fmt: skip
+
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *ABLATIONS)}
+FACTORS: Mapping[str, tuple[str, ...]] = {  # what is run in the settings beside the core's
+    setting: ("fedavg", "fedit-r7", "sa-adapter") for setting in SETTINGS if setting not in TUNED
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run.
+
+    Args:
+        setting: of `SETTINGS`.
+        arm: of `ARMS`.
+        rate: learning rate.
+        seed: of the federation.
+        split: `validation` or `test`.
+    """
+
+    setting: str
+    arm: str
+    rate: float
+    seed: int
+    split: str
+
+    @property
+    def name(self) -> str:
+        """The folder of its results."""
+        return f"{self.setting}/{self.arm}/{self.split}-{self.rate:g}-seed{self.seed}"
+
+    def overrides(self) -> dict[str, Any]:
+        """Return what it sets beside its arm's run file."""
+        every = 8 if self.split == "test" else 20
+        return {
+            ARMS[self.arm].rate_key: self.rate,
+            "federation.seed": self.seed,
+            "evaluation.split": self.split,
+            "evaluation.every": every,
+        }
+
+
+Rates = Mapping[tuple[str, str], float]
+
+
+def tuning() -> Iterator[Trial]:
+    """Yield the runs that choose learning rates."""
+    for setting in TUNED:
+        for arm in CORE:
+            if arm.follows is None:
+                yield from (Trial(setting, arm.name, rate, 0, "validation") for rate in arm.rates)
+
+
+def core(rates: Rates) -> Iterator[Trial]:
+    """Yield the runs of the main tables, seed by seed, so that what is cut short is a whole table."""
+    for seed in SEEDS:
+        for setting in TUNED:
+            yield from (Trial(setting, arm.name, rates[setting, arm.name], seed, "test") for arm in CORE)
+
+
+def factors(rates: Rates) -> Iterator[Trial]:
+    """Yield the runs in the other settings."""
+    for seed in SEEDS:
+        for setting, arms in FACTORS.items():
+            yield from (Trial(setting, arm, rates[setting, arm], seed, "test") for arm in arms)
+
+
+def ablations(rates: Rates) -> Iterator[Trial]:
+    """Yield the runs that change one factor, measured on held-out training data."""
+    for seed in SEEDS:
+        for arm in (ARMS["sa-adapter"], *ABLATIONS):
+            yield Trial(TUNED[0], arm.name, rates[TUNED[0], arm.name], seed, "validation")
+
+
+def source_of_rate(setting: str, arm: str) -> tuple[str, str]:
+    """Return the setting and the arm whose tuning chooses the learning rate of an arm in a setting."""
+    return setting if setting in TUNED else TUNED[0], ARMS[arm].follows or arm

@@ -1,0 +1,186 @@
+"""Run the study: python benchmarks/study/run.py, and again after an interruption.
+
+    python benchmarks/study/run.py --list             # what is left, without running it
+    python benchmarks/study/run.py --quick            # every arm for two rounds, as a check; minutes
+    python benchmarks/study/run.py --stage core       # one stage: tuning, core, factors or ablations
+    python benchmarks/study/run.py --adopt runs/a     # take in runs that were made elsewhere
+
+Each run is one process with one thread and its own run file, benchmarks/study/runs/SETTING/ARM.toml, which
+has the learning rate that the tuning chose. Results go to benchmarks/study/results; what they hold already
+is not run again. All of it takes about 30 hours of one core; `tables.py` makes tables and figures of
+whatever there is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from design import (
+    ARMS,
+    CORE,
+    FACTORS,
+    SETTINGS,
+    TUNED,
+    Rates,
+    Trial,
+    ablations,
+    core,
+    factors,
+    source_of_rate,
+    tuning,
+)
+from records import RESULTS, Records, record, tables_of, trial_of, write_run_file
+
+from mpifedlora.io.results import read_results
+
+RUN_FILES = Path(__file__).parent / "runs"
+ROOT = Path(__file__).parents[2]
+STAGES = ("tuning", "core", "factors", "ablations")
+QUICK = {"federation.num_rounds": 2, "training.local_steps": 1, "evaluation.max_examples": 64,
+         "initiating.rounds": 1, "annealing.heating_rounds": 0}  # fmt: skip
+# glibc would give every large gradient back to the system and fetch zeroed pages for the next.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "9000000000", "MALLOC_TOP_PAD_": "268435456"}
+
+
+def chosen_rates(records: Records) -> dict[tuple[str, str], float]:
+    """Return the learning rate of each arm in each setting: the best on the validation part, by loss.
+
+    Where nothing was tuned, it is the middle of the arm's grid.
+    """
+    return {(setting, arm): _chosen(records, setting, arm) for setting in SETTINGS for arm in ARMS}
+
+
+def _chosen(records: Records, setting: str, arm: str) -> float:
+    setting, arm = source_of_rate(setting, arm)
+    tried = [
+        trial for trial in tuning() if (trial.setting, trial.arm) == (setting, arm) and records.has(trial)
+    ]
+    if not tried:
+        return ARMS[arm].rates[len(ARMS[arm].rates) // 2]
+    return min(tried, key=lambda trial: records.runs[trial].loss).rate
+
+
+def trials_of(stage: str, rates: Rates) -> list[Trial]:
+    """Return a stage's runs in order."""
+    makers = {"core": core, "factors": factors, "ablations": ablations}
+    return list(tuning() if stage == "tuning" else makers[stage](rates))
+
+
+def write_run_files(rates: Rates) -> None:
+    """Write the run file of every arm in every setting that it is run in, at seed 0 and on the test part."""
+    for setting in SETTINGS:
+        names = (
+            ARMS
+            if setting == TUNED[0]
+            else [arm.name for arm in CORE]
+            if setting in TUNED
+            else FACTORS[setting]
+        )
+        for name in names:
+            trial = Trial(setting, name, rates[setting, name], 0, "test")
+            head = f"{ARMS[name].about}, on {setting}. Written by benchmarks/study/run.py from design.py."
+            write_run_file(RUN_FILES / setting / f"{name}.toml", tables_of(trial), head)
+
+
+def run_trial(trial: Trial, out: Path, quick: bool) -> tuple[Path, float]:
+    """Run a trial, and return its folder and processor time in seconds."""
+    folder = out / trial.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = RUN_FILES / trial.setting / f"{trial.arm}.toml"
+    sets = trial.overrides() | (QUICK if quick else {})
+    command = [sys.executable, "-m", "mpifedlora", "run", str(file), "--out", str(folder), "--overwrite"]
+    command += [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    with Path(f"{folder}.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**MALLOC, **os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise click.ClickException(f"{trial.name} ended with {process.returncode}: see {folder}.log")
+    return folder, usage.ru_utime + usage.ru_stime
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _adopt(records: Records, folders: Iterable[Path], commit: str) -> None:
+    for folder in folders:
+        results = read_results(folder)
+        trial = trial_of(results)
+        if trial is None or results.status != "finished":
+            click.echo(f"{folder}: no finished run of the design")
+            continue
+        records.add(*record(trial, results, float("nan"), commit))
+        click.echo(f"{folder}: {trial.name}")
+
+
+@click.command(help=__doc__)
+@click.option("--stage", type=click.Choice(STAGES), multiple=True, help="Only these stages.")
+@click.option("--only", default="", help="Only runs whose name contains this text.")
+@click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Runs at a time, a core each.")
+@click.option("--quick", is_flag=True, help="Every arm for two rounds, kept apart: a check, no measurement.")
+@click.option("--list", "is_list", is_flag=True, help="Show what is left, and run nothing.")
+@click.option(
+    "--adopt", type=click.Path(path_type=Path, exists=True), multiple=True, help="Folder of a run to take in."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)
+def main(
+    stage: tuple[str, ...],
+    only: str,
+    jobs: int,
+    quick: bool,
+    is_list: bool,
+    adopt: tuple[Path, ...],
+    out: Path,
+) -> None:
+    """Run what is left of the study."""
+    out = out / "quick" if quick else out
+    records = Records(out / "results" if quick else RESULTS)
+    _adopt(records, adopt, _commit())
+    for name in [] if adopt else stage or STAGES:
+        rates = chosen_rates(records)
+        write_run_files(rates)
+        trials = [trial for trial in trials_of(name, rates) if only in trial.name]
+        if quick:
+            trials = list({replace(trial, seed=0, rate=ARMS[trial.arm].rates[0]): None for trial in trials})
+        left = [trial for trial in trials if quick or not records.has(trial)]
+        click.echo(f"{name}: {len(trials) - len(left)} of {len(trials)} runs are there")
+        if is_list:
+            click.echo("".join(f"  {trial.name}\n" for trial in left), nl=False)
+        else:
+            _run_all(left, out, jobs, quick, records)
+
+
+def _run_all(trials: list[Trial], out: Path, jobs: int, quick: bool, records: Records) -> None:
+    lock, commit = threading.Lock(), _commit()
+
+    def one(trial: Trial) -> None:
+        folder, cpu_s = run_trial(trial, out, quick)
+        with lock:
+            kept, points = record(trial, read_results(folder), cpu_s, commit)
+            records.add(kept, points)
+            click.echo(f"{trial.name}: accuracy {kept.accuracy:.4f}, loss {kept.loss:.4f}, {cpu_s:.0f} s")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, trials))
+
+
+if __name__ == "__main__":
+    main()
