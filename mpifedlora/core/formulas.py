@@ -94,8 +94,13 @@ def rate_formula(config: RunTables) -> Formula:
     training = config.training
     is_full = training.scope == "full"
     rate = training.full_learning_rate if is_full else training.learning_rate
-    equations = [("eta(t)", f"eta_1 * {_bracketed(LEARNING_RATES[training.learning_rate_schedule])}")]
-    return Formula(equations, {"eta_1": rate, "num_rounds": config.federation.num_rounds}, "", "")
+    rounds: dict[str, float] = {"num_rounds": config.federation.num_rounds}
+    product = f"eta_1 * {_bracketed(LEARNING_RATES[training.learning_rate_schedule])}"
+    if training.warmup_rounds:
+        rounds["warmup_rounds"] = training.warmup_rounds
+        start = config.rounds_before_scope
+        product += f" * min(1, {f'(t - {start})' if start else 't'} / (warmup_rounds + 1))"
+    return Formula([("eta(t)", product)], {"eta_1": rate, **rounds}, "", "")
 
 
 def _bracketed(expression: str) -> str:

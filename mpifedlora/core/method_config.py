@@ -22,8 +22,8 @@ from mpifedlora.core.sections import (
     NonNegative,
     Positive,
     PositiveInt,
+    PrivacyConfig,
     Section,
-    Seed,
     TrackingConfig,
     TransportConfig,
 )
@@ -223,6 +223,11 @@ class TrainingConfig(Section):
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Factor on the learning rate over the rounds, from 1 towards 0."
     )
+    warmup_rounds: Count = Field(
+        0,
+        description="Rounds in which the learning rate rises in equal steps to what the schedule says, from "
+        "the first round on that trains what `scope` says.",
+    )
     weight_decay: NonNegative = Field(0.0, description="Decoupled decay under AdamW, L2 under SGD.")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of SGD.")
     grad_clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 leaves it unclipped.")
@@ -272,23 +277,6 @@ class ServerOptimizerConfig(Section):
     tau: Positive = Field(1e-3, description="Added to the root of the second moment (adaptivity).")
 
 
-class PrivacyConfig(Section):
-    """`[privacy]`: differential privacy of the clients: clip each update, add noise to their sum."""
-
-    clip_norm: Positive | None = Field(
-        None, description="Largest norm of a client's update; a larger one is scaled down to it."
-    )
-    noise_multiplier: NonNegative = Field(
-        0.0, description="Standard deviation of the noise on the sum, in units of clip_norm."
-    )
-    delta: float = Field(
-        1e-5, gt=0, lt=1, description="The privacy accountant reports the epsilon of this delta."
-    )
-    noise_seed: Seed | None = Field(
-        None, description="Fixes the noise for tests: the run is marked as not private."
-    )
-
-
 class RunTables(Section):
     """The tables of a run file, each of them right by itself."""
 
@@ -308,6 +296,11 @@ class RunTables(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     faults: FaultsConfig = FaultsConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+
+    @property
+    def rounds_before_scope(self) -> int:
+        """Rounds of a `full` initiating stage, before what `training.scope` says is trained."""
+        return self.initiating.rounds if self.initiating.scope == "full" != self.training.scope else 0
 
 
 def default_of(key: str) -> Any:

@@ -112,6 +112,15 @@ def learning_rate_factor(kind: str, round_num: int, num_rounds: int) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
 
 
+def warmup_factor(warmup_rounds: int, round_num: int) -> float:
+    """Return the factor on the learning rate in a round: equal steps up to 1 in round warmup_rounds + 1.
+
+    >>> [warmup_factor(3, round_num) for round_num in (1, 2, 3, 4, 5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    return min(1.0, round_num / (warmup_rounds + 1))
+
+
 def proximal_weight(mu: float, kind: str, round_num: int, num_rounds: int) -> float:
     """Return mu in a round of a stage: `constant`, or `linear` from mu down to 0 in its last round."""
     if kind == "constant" or num_rounds == 1:

@@ -323,3 +323,20 @@ class TrackingConfig(Section):
         """Return the trackers, each once."""
         named = self.tool if isinstance(self.tool, list) else [self.tool]
         return [tool for tool in dict.fromkeys(named) if tool != "none"]
+
+
+class PrivacyConfig(Section):
+    """`[privacy]`: differential privacy of the clients: clip each update, add noise to their sum."""
+
+    clip_norm: Positive | None = Field(
+        None, description="Largest norm of a client's update; a larger one is scaled down to it."
+    )
+    noise_multiplier: NonNegative = Field(
+        0.0, description="Standard deviation of the noise on the sum, in units of clip_norm."
+    )
+    delta: float = Field(
+        1e-5, gt=0, lt=1, description="The privacy accountant reports the epsilon of this delta."
+    )
+    noise_seed: Seed | None = Field(
+        None, description="Fixes the noise for tests: the run is marked as not private."
+    )

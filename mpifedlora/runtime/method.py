@@ -14,7 +14,7 @@ from mpifedlora.core.cohort import assign_clients, choose_cohort, draw_poisson_c
 from mpifedlora.core.combinations import check_reducible
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.method_config import ranks_of_clients
-from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight
+from mpifedlora.core.schedule import RankSchedule, learning_rate_factor, proximal_weight, warmup_factor
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ConfigError, TrainingError
 
@@ -188,7 +188,12 @@ def _learning_rate(config: RunConfig, round_num: int, scope: str) -> float:
     training = config.training
     rate = training.full_learning_rate if scope == "full" else training.learning_rate
     kind, num_rounds = training.learning_rate_schedule, config.federation.num_rounds
-    return rate * learning_rate_factor(kind, round_num, num_rounds)
+    return rate * learning_rate_factor(kind, round_num, num_rounds) * _warmup(config, round_num)
+
+
+def _warmup(config: RunConfig, round_num: int) -> float:
+    since = round_num - config.rounds_before_scope
+    return warmup_factor(config.training.warmup_rounds, since) if since > 0 else 1.0
 
 
 def _mu(config: RunConfig, round_num: int) -> float:

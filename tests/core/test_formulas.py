@@ -83,3 +83,13 @@ def test_the_learning_rate_is_that_of_the_run(kind, scope):
     for t in (1, 5, 11):
         wanted = largest * learning_rate_factor(kind, t, 11)
         assert evaluate(rate_formula(config), t)["eta"] == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("initiating", "start"), [({"scope": "adapter"}, 0), ({"scope": "full", "rounds": 3}, 3)]
+)
+def test_the_learning_rate_warms_up(initiating, start):
+    training = {"learning_rate": 0.02, "warmup_rounds": 4, "learning_rate_schedule": "constant"}
+    formula = rate_formula(config_with(training=training, initiating=initiating))
+    rates = [evaluate(formula, start + t)["eta"] for t in (1, 2, 5, 6)]
+    assert rates == pytest.approx([0.004, 0.008, 0.02, 0.02])

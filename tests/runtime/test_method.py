@@ -145,6 +145,26 @@ def test_learning_rates_follow_scope_and_schedule(tiny_run_file):
     )
     assert switches.learning_rate(3, "b") == switches.learning_rate(3, "a") == pytest.approx(0.05)
     assert switches.learning_rate(3, "full") == pytest.approx(0.005)
+    warm = switches_of(
+        tiny_run_file,
+        "training.learning_rate=0.1",
+        "training.learning_rate_schedule=linear",
+        "training.warmup_rounds=2",
+    )
+    assert [warm.learning_rate(t, "adapter") for t in (1, 2, 3, 4)] == pytest.approx(
+        [0.1 / 3, 0.05, 0.05, 0.025]
+    )
+    late = switches_of(
+        tiny_run_file,
+        "training.full_learning_rate=0.01",
+        "training.learning_rate=0.1",
+        "training.learning_rate_schedule=constant",
+        "training.warmup_rounds=1",
+        "initiating.scope=full",
+        "initiating.rounds=1",
+    )
+    rates = [late.learning_rate(1, "full"), *(late.learning_rate(t, "adapter") for t in (2, 3, 4))]
+    assert rates == pytest.approx([0.01, 0.05, 0.1, 0.1])
     constant = switches_of(tiny_run_file, "training.learning_rate_schedule=constant")
     assert {constant.learning_rate(t, "adapter") for t in (1, 2, 3, 4)} == {0.01}
 
