@@ -80,7 +80,17 @@ def _lora(rank: int) -> Switches:
     return {"lora.rank_max": rank, "lora.alpha": 4.0 * rank}
 
 
-ANNEALED: Switches = {"federation.method": "sa-fedlora", **_lora(11), "lora.rank_min": 2}
+ANNEALED: Switches = {
+    "federation.method": "sa-fedlora",
+    **_lora(11),
+    "lora.rank_min": 2,
+    "initiating.rounds": 2,
+    "initiating.scope": "adapter",
+    "initiating.mu": 0.01,
+    "annealing.schedule": "linear",
+    "annealing.heating_rounds": 2,
+    "annealing.cut": "freeze",
+}
 CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.local_steps": 32}
 FULL: Mapping[str, Any] = {"rates": FULL_RATES, "rate_key": FULL_KEY}
 
@@ -112,8 +122,8 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         ("cosine", "cosine cooling", {"annealing.schedule": "cosine"}),
         ("cubic", "cubic cooling", {"annealing.schedule": "cubic"}),
         ("exponential", "exponential cooling", {"annealing.schedule": "exponential"}),
-        ("constant-rate", "learning rate constant over the rounds", {"training.learning_rate_schedule": "constant"}),
-        ("linear-rate", "learning rate linear over the rounds", {"training.learning_rate_schedule": "linear"}),
+        ("constant-rate", "constant learning rate", {"training.learning_rate_schedule": "constant"}),
+        ("linear-rate", "linear learning rate", {"training.learning_rate_schedule": "linear"}),
         ("heating-8", "8 rounds of heating instead of 2", {"annealing.heating_rounds": 8}),
         ("heating-0", "no heating", {"annealing.heating_rounds": 0}),
         ("rank-min-1", "the rank ends at 1", {"lora.rank_min": 1}),
@@ -130,7 +140,9 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         ("bfloat16-wire", "bfloat16 both ways", {
             "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
         }),
-        ("int8-wire", "int8 both ways", {"transport.uplink_dtype": "int8", "transport.downlink_dtype": "int8"}),
+        ("int8-wire", "int8 both ways", {
+            "transport.uplink_dtype": "int8", "transport.downlink_dtype": "int8",
+        }),
         *((f"r{rank}", f"rank_max {rank}", _lora(rank)) for rank in (4, 6, 8, 16)),
     )
 )  # fmt: skip

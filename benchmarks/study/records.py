@@ -30,7 +30,7 @@ class Record:
         best_accuracy: of the measured rounds.
         uplink_bytes: of all clients and rounds, headers included; `downlink_bytes` likewise.
         sent_values: in both directions, without headers.
-        full_model_bytes: of full-model FedAvg over the same rounds and clients in float32; `full_model_values`.
+        full_model_bytes: of full-model FedAvg in float32 over the same rounds; `full_model_values`.
         cpu_s: processor time of the run (its one thread), start and evaluation included; nan where unknown.
         created: when it began.
         commit: of the source.
