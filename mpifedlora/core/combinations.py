@@ -70,6 +70,25 @@ def _validation_is_there(config: RunTables) -> None:
             )
 
 
+def _held_out_parts_stay_with_their_clients(config: RunTables) -> None:
+    if config.data.partition != "files" or config.data.test_source is not None:
+        return
+    subject = 'data.partition = "files" without data.test_source'
+    if config.evaluation.on != "workers":
+        refuse(
+            f'{subject} needs evaluation.on = "workers" (what a client holds out is measured by its worker)',
+            switch(config, "evaluation.on"),
+            'set evaluation.on = "workers", or name a data.test_source that all see',
+        )
+    if config.annealing.schedule in ("metropolis", "target"):
+        refuse(
+            f'{switch(config, "annealing.schedule")} needs data.test_source under data.partition = "files" '
+            "(the server measures cuts, and sees nothing of what clients hold out)",
+            "none",
+            "name a data.test_source that all see, or choose another schedule",
+        )
+
+
 def _kept_b_stays_with_its_client(config: RunTables) -> None:
     if config.training.personal == "none":
         return
@@ -308,6 +327,7 @@ RULES: tuple[Callable[[RunTables], None], ...] = (
     _cuts_can_be_judged,
     _spectrum_is_known,
     _frobenius_norm_is_there,
+    _held_out_parts_stay_with_their_clients,
     _validation_is_there,
     _sums_are_plain,
     _rounding_is_harmless,

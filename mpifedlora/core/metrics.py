@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,6 +19,42 @@ class Metrics(NamedTuple):
     accuracy: float = math.nan
     macro_f1: float = math.nan
     others: Mapping[str, float] = MappingProxyType({})
+
+
+class ClientMetrics(NamedTuple):
+    """What was measured on one client's own examples: how many they are, and the metrics on them."""
+
+    num_examples: int
+    metrics: Metrics
+
+
+class Measured(NamedTuple):
+    """What was measured of the model after a round.
+
+    Args:
+        metrics: over all clients.
+        by_client: by client id, where clients have examples of their own to be measured on.
+    """
+
+    metrics: Metrics
+    by_client: Mapping[int, ClientMetrics] = MappingProxyType({})
+
+
+def mean_metrics(parts: Sequence[ClientMetrics]) -> Metrics:
+    """Return the mean over the clients that have examples, weighted by these; nan without any.
+
+    What is a mean over examples, as a classifier's loss and accuracy are, is then that of all together.
+
+    >>> mean_metrics([ClientMetrics(3, Metrics(1.0, 0.5)), ClientMetrics(1, Metrics(3.0, 1.0))])[:2]
+    (1.5, 0.625)
+    """
+    found = [part for part in parts if part.num_examples]
+    if not found:
+        return Metrics(math.nan)
+    rows = np.array([(*part.metrics[:3], *part.metrics.others.values()) for part in found])
+    counts = np.array([part.num_examples for part in found])
+    loss, accuracy, macro_f1, *others = ((counts[:, None] * rows).sum(axis=0) / counts.sum()).tolist()
+    return Metrics(loss, accuracy, macro_f1, dict(zip(found[0].metrics.others, others, strict=True)))
 
 
 _LESS_IS_BETTER = frozenset(

@@ -109,6 +109,24 @@ def split_stratified(labels: IntArray, fraction: float, seed: int, purpose: str)
     return _indices(~is_held_out), _indices(is_held_out)
 
 
+def split_by_owner(drawn: IntArray, sizes: Sequence[int]) -> list[IntArray]:
+    """Give examples that were drawn of all clients' together back to their clients.
+
+    Args:
+        drawn: sorted indices into the clients' examples, one client's behind the other's.
+        sizes: examples of each client.
+
+    Returns:
+        One sorted array per client, of indices into its own examples.
+
+    >>> [part.tolist() for part in split_by_owner(np.array([0, 2, 3, 6]), [3, 0, 4])]
+    [[0, 2], [], [0, 3]]
+    """
+    ends = np.cumsum(sizes)
+    parts = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    return [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
+
+
 def share_alike(table: IntArray, labels: IntArray, seed: int, purpose: str) -> list[IntArray]:
     """Share out other examples such that each client's labels are mixed as in its training part.
 

@@ -90,21 +90,23 @@ class DataConfig(Section):
         "default those that are there, sorted.",
     )
     test_source: str | None = Field(
-        None, description="A second file or source to test on; without it the source's own test part."
+        None,
+        description="A second file or source to test on; without it the source's own test part, or, under "
+        '`partition = "files"`, a part of each client\'s file.',
     )
     test_fraction: float = Field(
         0.2,
         gt=0,
         lt=1,
         description="Share of the examples split off for testing (stratified by label, from the seed) "
-        "where the source has no test part.",
+        "where the source has no test part; under `files` of each client's, without `test_source`.",
     )
     validation_fraction: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="Share of the training examples held out for choices (stratified, from the seed); under "
-        '`partition = "files"` of `test_source`.',
+        "`files` of each client's, or of `test_source` where there is one.",
     )
     partition: Literal["iid", "dirichlet", "quantity", "shards", "column", "files"] = Field(
         "dirichlet",
@@ -133,12 +135,7 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _files_stay_with_their_clients(self) -> DataConfig:
-        if self.partition == "files" and self.test_source is None:
-            raise ValueError(
-                'partition = "files" needs test_source (a client\'s file is read by its worker alone), got '
-                "none; name a source to test on"
-            )
+    def _files_are_read_whole(self) -> DataConfig:
         if self.partition == "files" and self.max_examples is not None:
             raise ValueError(
                 'partition = "files" must stand without max_examples (clients\' files are read whole), got '
@@ -190,7 +187,7 @@ class EvaluationConfig(Section):
     model: Literal["global", "personal"] = Field(
         "global",
         description="`global`: the server's model; `personal`: each client's own model on its share of the "
-        "examples, which has the client's mix of labels.",
+        "examples, which has the client's mix of labels, or on what it has held out itself.",
     )
 
     every: PositiveInt = Field(1, description="Evaluate after every so many rounds, and the last.")
@@ -199,7 +196,8 @@ class EvaluationConfig(Section):
     )
     on: Literal["server", "workers"] = Field(
         "server",
-        description="`server`: while the workers train; `workers`: shared out before they train.",
+        description="`server`: while the workers train; `workers`: shared out before they train, or each "
+        "client's held-out part by its worker (docs/data.md).",
     )
     split: Literal["test", "validation"] = Field(
         "test", description="`validation` for choices; needs data.validation_fraction."

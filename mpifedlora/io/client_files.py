@@ -6,14 +6,35 @@ A client's file is a `.csv`, `.jsonl` or `.parquet` file, or a folder of images 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from mpifedlora.core.partition import IntArray, split_stratified
 from mpifedlora.errors import DataError
 from mpifedlora.io.datasets import open_tables
 from mpifedlora.io.row_streams import SUFFIXES, Columns
-from mpifedlora.io.tables import Examples, Table, examples_of
+from mpifedlora.io.tables import Examples, Table, examples_of, numbers_of, sorted_names
+
+
+class ClientFile(NamedTuple):
+    """What a client's file holds.
+
+    Args:
+        table: all of it.
+        parts: rows of `train`, and of what the client holds out, `validation` and `test`.
+    """
+
+    table: Table
+    parts: Mapping[str, IntArray]
+
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """Count the examples of each part by label: all that others learn of them."""
+        labels = self.table.labels
+        return {
+            name: dict(Counter(labels[row] for row in rows.tolist())) for name, rows in self.parts.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -23,10 +44,16 @@ class ClientFiles:
     Args:
         folder: that holds them; other processes may see other files in theirs.
         columns: to read.
+        test_fraction: share of each file that is held out for testing, in [0, 1).
+        validation_fraction: share of the rest that is held out for choices, in [0, 1).
+        seed: of the run.
     """
 
     folder: Path
     columns: Columns
+    test_fraction: float = 0.0
+    validation_fraction: float = 0.0
+    seed: int = 0
 
     def names(self) -> list[str]:
         """List the files, without those that begin with a dot or an underscore.
@@ -49,21 +76,28 @@ class ClientFiles:
                 )
         return [entry.name for entry in entries]
 
-    def read(self, name: str) -> Table:
-        """Read a client's file.
+    def read(self, name: str) -> ClientFile:
+        """Read a client's file; what it holds out follows from the seed and the file alone.
 
         Raises:
             DataError: naming the file and the row that is wrong.
         """
-        return open_tables(str(self.folder / name), self.columns)["train"]()
+        table = open_tables(str(self.folder / name), self.columns)["train"]()
+        labels = numbers_of(table.labels, sorted_names(set(table.labels)))
+        rest, test = split_stratified(labels, self.test_fraction, self.seed, "test-split")
+        kept, chosen = split_stratified(labels[rest], self.validation_fraction, self.seed, "validation-split")
+        return ClientFile(table, {"train": rest[kept], "validation": rest[chosen], "test": test})
 
-    def examples(self, name: str, table: Table, label_names: Sequence[str]) -> Examples:
-        """Number the labels of a client's table.
+    def examples(self, name: str, read: ClientFile, label_names: Sequence[str]) -> dict[str, Examples]:
+        """Number the labels of a client's file, and return its parts.
 
         Raises:
             DataError: naming the file and the first row whose label is unknown.
         """
-        return examples_of(table, label_names, str(self.folder / name))
+        whole = examples_of(read.table, label_names, str(self.folder / name))
+        return {
+            part: whole if len(rows) == len(whole) else whole.take(rows) for part, rows in read.parts.items()
+        }
 
 
 def client_name(file_name: str) -> str:
@@ -74,8 +108,3 @@ def client_name(file_name: str) -> str:
     """
     stem, dot, ending = file_name.rpartition(".")
     return stem if dot and f".{ending.lower()}" in SUFFIXES else file_name
-
-
-def label_counts(table: Table) -> dict[str, int]:
-    """Count a client's examples by label: all that others learn of them."""
-    return dict(Counter(table.labels))

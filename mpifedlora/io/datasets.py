@@ -66,6 +66,10 @@ class Dataset:
     owners: IntArray | None
     digest: str
 
+    def part(self, name: str) -> Examples:
+        """Return `train`, `validation` or `test`."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
 
 def read_dataset(
     source: str,
@@ -123,7 +127,7 @@ def read_dataset(
 
 def held_out_dataset(
     source: str,
-    held_out: Table,
+    held_out: Table | None,
     label_names: tuple[str, ...],
     *,
     test_source: str,
@@ -135,7 +139,7 @@ def held_out_dataset(
 
     Args:
         source: of the training examples.
-        held_out: what models are measured on.
+        held_out: what models are measured on; None where that is with the clients too.
         label_names: in the order of their numbers.
         test_source: that `held_out` comes from.
         validation_fraction: Share of it to hold out for choices, in [0, 1), stratified by label.
@@ -145,10 +149,12 @@ def held_out_dataset(
     Raises:
         DataError: if a label is unknown, or nothing is left to test on.
     """
-    whole = examples_of(held_out, label_names, test_source)
-    every = np.arange(len(whole), dtype=np.int64)
-    rest, validation = _hold_out(whole, every, validation_fraction, seed, "validation", test_source)
-    parts = (whole.take([]), whole.take(validation), whole.take(rest))
+    parts = (Examples({}, np.zeros(0, np.int64)),) * 3
+    if held_out is not None:
+        whole = examples_of(held_out, label_names, test_source)
+        every = np.arange(len(whole), dtype=np.int64)
+        rest, validation = _hold_out(whole, every, validation_fraction, seed, "validation", test_source)
+        parts = (whole.take([]), whole.take(validation), whole.take(rest))
     digest = _digest((*label_names, training_digest), parts, None)
     return Dataset(_name(source), *parts, label_names, None, digest)
 

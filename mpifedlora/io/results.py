@@ -78,8 +78,8 @@ class ResultsWriter:
             ValueError: if the round does not follow the last one or does not fit the run's sizes.
         """
         _check_row(row, self._rows[-1].round_num if self._rows else 0, self._info)
-        by_client = (column for column in COLUMNS if column.axis == "clients")
-        copies: dict[str, Any] = {c.name: np.array(getattr(row, c.name), dtype=c.dtype) for c in by_client}
+        given = (c for c in COLUMNS if c.axis == "clients" and getattr(row, c.name) is not None)
+        copies: dict[str, Any] = {c.name: np.array(getattr(row, c.name), dtype=c.dtype) for c in given}
         self._rows.append(replace(row, **copies))
 
     def note(self, text: str) -> None:
@@ -141,7 +141,9 @@ class ResultsWriter:
             _write_info(file, self._info)
             file.attrs["status"] = self._status
             for column in COLUMNS:
-                file[column.path] = column.stack(self._rows, self._info)
+                values = column.stack(self._rows, self._info)
+                if not column.is_absent(values):
+                    file[column.path] = values
             _write_attribute(file["rounds/module_ranks"], "module_names", self._info.module_names)
             _write_attribute(file["rounds/eval_metrics"], "metric_names", self._info.metric_names)
             _write_events(file, self._events)
@@ -218,7 +220,9 @@ def _check_row(row: RoundRow, last_round: int, info: RunInfo) -> None:
         raise ValueError(f"round_num must be above the last row's, got {row.round_num} after {last_round}")
     _check_choice("stage", row.stage, get_args(Stage))
     for column in COLUMNS:
-        check_shape(f"{column.name} of round {row.round_num}", getattr(row, column.name), column.shape(info))
+        value = getattr(row, column.name)
+        if value is not None or not column.is_optional:
+            check_shape(f"{column.name} of round {row.round_num}", value, column.shape(info))
 
 
 def _is_attribute(info_field: Field[Any]) -> bool:
@@ -273,9 +277,11 @@ def _read(file: h5py.File) -> Results:
     count = len(file["rounds/round_num"])
     for column in COLUMNS:
         group, name = column.path.split("/")
-        groups[group][name] = _decoded(
-            read_array(file, column.path, column.dtype, (count, *column.shape(info)))
-        )
+        shape = count, *column.shape(info)
+        if column.is_optional and column.path not in file:
+            groups[group][name] = column.blank(shape)
+        else:
+            groups[group][name] = _decoded(read_array(file, column.path, column.dtype, shape))
     status = file.attrs["status"]
     _check_choice("status", status, get_args(Status))
     return Results(

@@ -145,6 +145,11 @@ class RoundRow:
         client_train_s: seconds of training.
         client_participated: whether the client's update was used.
         client_outcome: `used`, or why not: `absent`, `not finite`, `above bound`, `not chosen`.
+        client_num_evaluated: examples of the client's own that the model was measured on; None, as the three
+            after it, where clients have none, or the round was not measured.
+        client_eval_loss: mean loss on them, nan for a client that has none.
+        client_eval_accuracy: accuracy on them, 0..1.
+        client_eval_macro_f1: F1 on them, averaged over labels, 0..1.
         eval_loss: mean loss of the model that `RunInfo.eval_model` names.
         eval_accuracy: its accuracy, 0..1.
         eval_macro_f1: its F1, averaged over labels, 0..1.
@@ -180,6 +185,10 @@ class RoundRow:
     eval_accuracy: float = math.nan
     eval_macro_f1: float = math.nan
     eval_metrics: tuple[float, ...] = ()
+    client_num_evaluated: Ints | None = None
+    client_eval_loss: Floats | None = None
+    client_eval_accuracy: Floats | None = None
+    client_eval_macro_f1: Floats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,12 +233,16 @@ class Baselines:
 
 @dataclass(frozen=True)
 class _Column:
-    """Where one field of `RoundRow` lies in the file, and as what."""
+    """Where one field of `RoundRow` lies in the file, and as what.
+
+    An optional one is absent from the file as long as no round has it.
+    """
 
     name: str
     path: str
     dtype: str
     axis: str
+    is_optional: bool
 
     def shape(self, info: RunInfo) -> tuple[int, ...]:
         widths = {
@@ -241,8 +254,17 @@ class _Column:
         return widths[self.axis]
 
     def stack(self, rows: list[RoundRow], info: RunInfo) -> Array:
-        values = np.array([getattr(row, self.name) for row in rows], dtype=self.dtype)
-        return values.reshape(len(rows), *self.shape(info))
+        shape = self.shape(info)
+        found = (getattr(row, self.name) for row in rows)
+        values = [self.blank(shape) if value is None else value for value in found]
+        return np.array(values, dtype=self.dtype).reshape(len(rows), *shape)
+
+    def blank(self, shape: tuple[int, ...]) -> Array:
+        """Return the values of an optional column that no round has: nan, or 0 of what is counted."""
+        return np.full(shape, np.nan if self.dtype.startswith("float") else 0, self.dtype)
+
+    def is_absent(self, values: Array) -> bool:
+        return self.is_optional and np.array_equal(values, self.blank(values.shape), equal_nan=True)
 
     def value(self, entry: Any) -> Any:
         if self.axis == "clients":
@@ -265,11 +287,12 @@ _KINDS = {
 
 
 def _column(row_field: Field[Any]) -> _Column:
-    dtype, axis = _KINDS[str(row_field.type)]
+    kind = str(row_field.type)
+    dtype, axis = _KINDS[kind.removesuffix(" | None")]
     group, name = "rounds", row_field.name
     if axis == "clients":
         group, name = "clients", name.removeprefix("client_")
-    return _Column(row_field.name, f"{group}/{name}", dtype, axis)
+    return _Column(row_field.name, f"{group}/{name}", dtype, axis, kind.endswith(" | None"))
 
 
 COLUMNS = tuple(_column(row_field) for row_field in fields(RoundRow))

@@ -22,6 +22,7 @@ from mpifedlora.io.scratch import scratch_folder
 from mpifedlora.io.tables import Examples
 from mpifedlora.runtime import setup
 from mpifedlora.runtime.data import FederatedData, SharedData
+from mpifedlora.runtime.evaluation import Evaluation
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.runtime.worker import Worker
 from mpifedlora.transport.base import own_cores
@@ -124,7 +125,11 @@ def _sample(config: RunConfig, data: FederatedData) -> FederatedData:
         return examples.take(np.sort(generator.permutation(len(examples))[:num_test]))
 
     smaller = replace(
-        dataset, train=train, validation=some(dataset.validation), test=some(dataset.test), owners=None
+        dataset,
+        train=train,
+        validation=some(data.owned("validation")),
+        test=some(data.owned("test")),
+        owners=None,
     )
     return SharedData(smaller, [np.arange(len(train))])
 
@@ -186,9 +191,9 @@ class _StepTimer:
 def _time_evaluation(
     config: RunConfig, data: FederatedData, replica: Replica, plan: RoundPlan
 ) -> tuple[float, int]:
-    dataset, evaluation = data.dataset, config.evaluation
-    whole = dataset.validation if evaluation.split == "validation" else dataset.test
-    num_examples = min(len(whole), evaluation.max_examples or len(whole))
+    num_held_out = len(data.owned(config.evaluation.split))
+    num_examples = min(num_held_out, config.evaluation.max_examples or num_held_out)
+    assert isinstance(replica.evaluation, Evaluation), "the sample is one that all see"
     replica.evaluation.batches  # noqa: B018 (tokenised before the clock runs)
     started = time.perf_counter()
     measured = len(replica.evaluation.predictions(replica.model, plan))

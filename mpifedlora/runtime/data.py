@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mpifedlora.core.config import RunConfig
 from mpifedlora.core.partition import label_table, partition
 from mpifedlora.core.tasks import label_column, value_columns
 from mpifedlora.errors import ConfigError, DataError
-from mpifedlora.io.client_files import ClientFiles, client_name, label_counts
+from mpifedlora.io.client_files import ClientFile, ClientFiles, client_name
 from mpifedlora.io.datasets import (
     Dataset,
     check_source,
@@ -36,6 +36,20 @@ if TYPE_CHECKING:
     from mpifedlora.training.task import EncodedExamples
 
 Encode = Callable[[Examples], "EncodedExamples"]
+
+
+class OwnParts(NamedTuple):
+    """What each client has held out of its own examples.
+
+    Args:
+        sizes: how many, by client id.
+        pins: see `FederatedData`.
+        examples_of: gives them to a client's worker.
+    """
+
+    sizes: Sequence[int]
+    pins: Sequence[int]
+    examples_of: Callable[[int], Examples]
 
 
 class FederatedData(Protocol):
@@ -66,8 +80,11 @@ class FederatedData(Protocol):
     def label_table(self) -> Indices:
         """Return (num_clients, num_labels), each client's training examples by label."""
 
-    def owned(self) -> Examples:
-        """Return all training examples that this process may see."""
+    def owned(self, part: str = "train") -> Examples:
+        """Return all examples of `train`, `validation` or `test` that this process may see."""
+
+    def own_parts(self, part: str) -> OwnParts | None:
+        """Return what clients have held out as `validation` or `test`; None where all see one such part."""
 
     def encoded_by(self, encode: Encode) -> Callable[[int], EncodedExamples]:
         """Return a function that gives a client's training examples, encoded when first needed."""
@@ -91,9 +108,12 @@ class SharedData:
         """Training examples by client id."""
         return [len(part) for part in self.parts]
 
-    def owned(self) -> Examples:
-        """Return all training examples."""
-        return self.dataset.train
+    def owned(self, part: str = "train") -> Examples:
+        """Return all examples of a part."""
+        return self.dataset.part(part)
+
+    def own_parts(self, part: str) -> None:
+        """Say that all see one part to measure on."""
 
     def encoded_by(self, encode: Encode) -> Callable[[int], EncodedExamples]:
         """Return a function that gives a client's training examples; all are encoded when first needed."""
@@ -117,17 +137,17 @@ class ClientData:
         dataset: without a training part.
         files: by client id.
         folder: that reads them.
-        counts: (num_clients, num_labels), as the owners have told.
+        counts: by part, (num_clients, num_labels), as the owners have told.
         pins: see `FederatedData`.
-        own: examples of the clients that this process owns.
+        own: by part, examples of the clients that this process owns.
     """
 
     dataset: Dataset
     files: tuple[str, ...]
     folder: ClientFiles
-    counts: Indices
+    counts: Mapping[str, Indices]
     pins: tuple[int, ...]
-    own: Mapping[int, Examples]
+    own: Mapping[int, Mapping[str, Examples]]
 
     @property
     def client_names(self) -> tuple[str, ...]:
@@ -136,35 +156,48 @@ class ClientData:
 
     def label_table(self) -> Indices:
         """Return (num_clients, num_labels), each client's training examples by label."""
-        return self.counts
+        return self.counts["train"]
 
     @property
     def sizes(self) -> list[int]:
         """Training examples by client id."""
-        sizes: list[int] = self.counts.sum(axis=1).tolist()
+        return self._sizes("train")
+
+    def _sizes(self, part: str) -> list[int]:
+        sizes: list[int] = self.counts[part].sum(axis=1).tolist()
         return sizes
 
-    def owned(self) -> Examples:
-        """Return the training examples of the clients that this process owns."""
-        return joined(list(self.own.values()))
+    def owned(self, part: str = "train") -> Examples:
+        """Return the examples of a part that this process may see."""
+        if part != "train" and self.own_parts(part) is None:
+            return self.dataset.part(part)
+        return joined([parts[part] for parts in self.own.values()])
+
+    def own_parts(self, part: str) -> OwnParts | None:
+        """Return what clients have held out, unless there is a common source to test on."""
+        if not self.folder.test_fraction:
+            return None
+        return OwnParts(self._sizes(part), self.pins, lambda client_id: self._examples(client_id)[part])
 
     def encoded_by(self, encode: Encode) -> Callable[[int], EncodedExamples]:
         """Return a function that gives a client's training examples."""
-        return cache(lambda client_id: encode(self._examples(client_id)))
+        return cache(lambda client_id: encode(self._examples(client_id)["train"]))
 
-    def _examples(self, client_id: int) -> Examples:
+    def _examples(self, client_id: int) -> Mapping[str, Examples]:
         if client_id in self.own:
             return self.own[client_id]
         # Its worker has died: this one reads the file now, if it can.
         file = self.files[client_id]
-        examples = self.folder.examples(file, self.folder.read(file), self.dataset.label_names)
-        counts = np.bincount(examples.labels, minlength=len(self.dataset.label_names))
-        if not np.array_equal(counts, self.counts[client_id]):
-            raise DataError(
-                f"a client's file must stay as it was while the run goes on, got other labels ({file}); put "
-                "it back"
-            )
-        return examples
+        parts = self.folder.examples(file, self.folder.read(file), self.dataset.label_names)
+        num_labels = len(self.dataset.label_names)
+        for name, examples in parts.items():
+            counts = np.bincount(examples.labels, minlength=num_labels)
+            if not np.array_equal(counts, self.counts[name][client_id]):
+                raise DataError(
+                    f"a client's file must stay as it was while the run goes on, got other labels ({file}); "
+                    "put it back"
+                )
+        return parts
 
 
 def check_data(config: RunConfig) -> None:
@@ -175,7 +208,8 @@ def check_data(config: RunConfig) -> None:
     """
     data, wanted = config.data, _columns(config)
     source = data.test_source if data.partition == "files" else data.source
-    check_source(source or "", data.test_source, wanted.values, wanted.label, wanted.owner)
+    if source is not None:
+        check_source(source, data.test_source, wanted.values, wanted.label, wanted.owner)
 
 
 def read_data(config: RunConfig, endpoint: Endpoint) -> FederatedData:
@@ -229,19 +263,21 @@ def _share_out(config: RunConfig) -> SharedData:
 def _read_client_files(config: RunConfig, endpoint: Endpoint) -> ClientData:
     """Let every worker read its own clients' files, and tell the others their names and label counts."""
     data, columns, worker_id = config.data, _columns(config), endpoint.trains_as
-    folder = ClientFiles(Path(data.source).expanduser(), columns)
+    holds_out = data.test_source is None
+    fractions = (data.test_fraction, data.validation_fraction) if holds_out else (0.0, 0.0)
+    folder = ClientFiles(Path(data.source).expanduser(), columns, *fractions, config.federation.seed)
     listed, _ = agree(endpoint, lambda: ([] if worker_id is None else folder.names(), {}, ""))
     seen: list[list[str]] = [json.loads(names) for names in endpoint.pool(json.dumps(listed).encode())]
     owners = share_out_files(seen[1:] or seen)  # the server lists nothing
     _check_clients(list(owners), config)
 
-    def read() -> tuple[tuple[Table, dict[str, Table]], Mapping[str, str], str]:
+    def read() -> tuple[tuple[Table | None, dict[str, ClientFile]], Mapping[str, str], str]:
         own = {file: folder.read(file) for file, owner in owners.items() if owner == worker_id}
-        return (held_out_part(data.test_source or "", columns)(), own), {}, ""
+        return (None if holds_out else held_out_part(data.test_source or "", columns)(), own), {}, ""
 
     (held_out, own), _ = agree(endpoint, read)
-    told = json.dumps({file: label_counts(table) for file, table in own.items()}).encode()
-    counts: dict[str, dict[str, int]] = {}
+    told = json.dumps({file: read.label_counts() for file, read in own.items()}).encode()
+    counts: dict[str, dict[str, dict[str, int]]] = {}
     for part in endpoint.pool(told):
         counts.update(json.loads(part))
     return _client_data(config, folder, owners, counts, held_out, own)
@@ -251,18 +287,23 @@ def _client_data(
     config: RunConfig,
     folder: ClientFiles,
     owners: Mapping[str, int],
-    counts: Mapping[str, Mapping[str, int]],
-    held_out: Table,
-    own: Mapping[str, Table],
+    counts: Mapping[str, Mapping[str, Mapping[str, int]]],
+    held_out: Table | None,
+    own: Mapping[str, ClientFile],
 ) -> ClientData:
     data, files = config.data, tuple(owners)
-    found = set(held_out.labels).union(*counts.values())
+    # No label loses its last training example to what is held out.
+    found = set(held_out.labels if held_out else ()).union(*(counts[file]["train"] for file in files))
     has_labels = folder.columns.label is not None
     names = label_names_of(found, data.labels, data.source, has_labels=has_labels)
-    examples = {files.index(file): folder.examples(file, table, names) for file, table in own.items()}
-    told = hashlib.sha256(
-        json.dumps([files, [dict(sorted(counts[file].items())) for file in files]]).encode()
-    )
+    examples = {files.index(file): folder.examples(file, read, names) for file, read in own.items()}
+    tables = {
+        part: np.array([[counts[file][part].get(name, 0) for name in names] for file in files], np.int64)
+        for part in ("train", "validation", "test")
+    }
+    if held_out is None:
+        _check_held_out(config, tables[config.evaluation.split])
+    told = hashlib.sha256(json.dumps([files, *(table.tolist() for table in tables.values())]).encode())
     return ClientData(
         dataset=held_out_dataset(
             data.source,
@@ -275,10 +316,19 @@ def _client_data(
         ),
         files=files,
         folder=folder,
-        counts=np.array([[counts[file].get(name, 0) for name in names] for file in files], np.int64),
+        counts=tables,
         pins=tuple(owners.values()),
         own=examples,
     )
+
+
+def _check_held_out(config: RunConfig, table: Indices) -> None:
+    if not table.any():
+        key, source = f"{config.evaluation.split}_fraction", config.data.source
+        raise DataError(
+            f"{key} must hold out an example of one client's file at least and leave one of each label, got "
+            f"{getattr(config.data, key)} ({source}); raise data.{key}, or name data.test_source"
+        )
 
 
 def _check_clients(files: Sequence[str], config: RunConfig) -> None:

@@ -263,7 +263,7 @@ def outlook_values(outlook: Outlook) -> dict[str, Any]:
         "clients_per_worker": list(outlook.clients_per_worker()),
         "label_names": list(outlook.data.dataset.label_names),
         "label_table": np.asarray(table).tolist(),
-        "num_examples": {"train": len(outlook.data.dataset.train), "test": len(outlook.data.dataset.test)},
+        "num_examples": {part: len(outlook.data.owned(part)) for part in ("train", "test")},
         "rounds": list(map(_round_values, outlook.rounds, outlook.so_far())),
         "is_exact": outlook.is_exact,
         "bounds_because": list(outlook.reasons),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpifedlora.core.metrics import Metrics
+from mpifedlora.core.metrics import Measured, Metrics
 from mpifedlora.core.report import RoundReport
 from mpifedlora.core.screening import ABSENT
 from mpifedlora.io.results_schema import RoundRow
@@ -44,14 +44,27 @@ def late_updates(round_num: int, report: RoundReport) -> list[tuple[int, int]]:
     return [(update.client_id, round_num - update.staleness) for update in late]
 
 
-def measured(row: RoundRow, metrics: Metrics, evaluate_s: float) -> RoundRow:
+def measured(row: RoundRow, found: Measured, evaluate_s: float) -> RoundRow:
     """Return a row with what was measured of its round's model."""
-    others = tuple(metrics.others.values())
+    metrics = found.metrics
     return replace(
         row,
         eval_loss=metrics.loss,
         eval_accuracy=metrics.accuracy,
         eval_macro_f1=metrics.macro_f1,
-        eval_metrics=others,
+        eval_metrics=tuple(metrics.others.values()) or row.eval_metrics,
         evaluate_s=evaluate_s,
+        **_measured_by_client(found, len(row.client_outcome)),
     )
+
+
+def _measured_by_client(found: Measured, num_clients: int) -> dict[str, Any]:
+    if not found.by_client:
+        return {}
+    columns: dict[str, Any] = {"client_num_evaluated": np.zeros(num_clients, np.int64)}
+    columns |= {f"client_eval_{name}": np.full(num_clients, np.nan) for name in Metrics._fields[:3]}
+    for client_id, one in found.by_client.items():
+        columns["client_num_evaluated"][client_id] = one.num_examples
+        for name, value in zip(Metrics._fields, one.metrics[:3], strict=False):
+            columns[f"client_eval_{name}"][client_id] = value
+    return columns

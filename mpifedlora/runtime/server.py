@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpifedlora.core.faults import set_aside
 from mpifedlora.core.ledger import Ledger, Traffic, baseline_traffic, count_uplink
-from mpifedlora.core.metrics import Metrics
+from mpifedlora.core.metrics import Measured, Metrics
 from mpifedlora.core.parts import pays
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.planning import given_to, shrink, without_training
@@ -122,9 +122,9 @@ class Server:
         while not self.is_last and self.coordinator.next_plan.round_num <= self._num_rounds:
             plan = self.coordinator.plan(evaluates=waiting is not None and self.evaluates_on_workers)
             try:
-                metrics = self._open(plan, watch, is_measured=waiting is not None)
-                if waiting is not None and metrics is not None:
-                    yield measured(waiting, metrics, watch.seconds["evaluate_s"])
+                found = self._open(plan, watch, is_measured=waiting is not None)
+                if waiting is not None and found is not None:
+                    yield measured(waiting, found, watch.seconds["evaluate_s"])
                     waiting = None
                 row = self._close(plan, watch)
             except WorkerLost as loss:
@@ -146,6 +146,7 @@ class Server:
         if self.policy == "abort":
             raise RunLost(f'{loss}, and faults.policy = "abort"; resume it with --resume') from loss
         lost, coordinator = self.transport.repair(), self.coordinator
+        self.evaluation.lose(lost, self.transport.num_workers)
         left, plan, self._announced = self.transport.num_workers, coordinator.next_plan, None
         coordinator.switches = shrink(coordinator.switches, lost, left)
         workers = given_to(plan.workers, lost, left, leaves_out=self.policy == "continue")
@@ -167,17 +168,17 @@ class Server:
     def _is_due(self, round_num: int) -> bool:
         return round_num % self.evaluate_every == 0 or round_num == self._num_rounds
 
-    def _open(self, plan: RoundPlan, watch: Stopwatch, *, is_measured: bool) -> Metrics | None:
+    def _open(self, plan: RoundPlan, watch: Stopwatch, *, is_measured: bool) -> Measured | None:
         message = self.coordinator.message
         self._broadcast(plan, self.coordinator.wire)
         watch.lap("broadcast_s")
         self.started(plan)
         self.model.receive(plan, message)
-        metrics = self._measure(plan) if is_measured else None
+        found = self._measure(plan) if is_measured else None
         if plan.round_num > 1 and self.coordinator.annealer.follows_accuracy:
             self.coordinator.annealer.note(self._held_out(plan).accuracy)
         watch.lap("evaluate_s")
-        return metrics
+        return found
 
     def _broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         if self._announced is None:
@@ -192,12 +193,12 @@ class Server:
         self.model.receive(plan, message)
         return self._held_out(plan).loss
 
-    def _measure(self, plan: RoundPlan) -> Metrics:
-        if self.evaluates_on_workers:
-            counts = self.evaluation.counts(self.transport.num_workers)
-            width = len(self.evaluation.task.statistics)
-            return self.evaluation.metrics(self.transport.collect_predictions(counts, width))
-        return self.evaluation.metrics([self.evaluation.predictions(self.model, plan)])
+    def _measure(self, plan: RoundPlan) -> Measured:
+        evaluation, transport = self.evaluation, self.transport
+        if not self.evaluates_on_workers:
+            return evaluation.measured([evaluation.predictions(self.model, plan)])
+        counts = evaluation.counts(transport.num_workers)
+        return evaluation.measured(transport.collect_predictions(counts, evaluation.width, evaluation.dtype))
 
     def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
         headers = self.transport.collect_headers(plan)
@@ -311,12 +312,12 @@ class Server:
         return self._crossed - before
 
     def _measured_last(self, row: RoundRow, watch: Stopwatch) -> RoundRow:
-        metrics = self._surviving(self._measure_again)
+        found = self._surviving(self._measure_again)
         self._surviving(self._stop)
         crossed = row.mpi_bytes + self._newly_crossed()
-        return measured(replace(row, mpi_bytes=crossed), metrics, watch.lap("evaluate_s"))
+        return measured(replace(row, mpi_bytes=crossed), found, watch.lap("evaluate_s"))
 
-    def _measure_again(self) -> Metrics:
+    def _measure_again(self) -> Measured:
         # Whoever is to train then waits for a resumed run.
         plan = without_training(self.coordinator.plan(evaluates=self.evaluates_on_workers))
         if self.evaluates_on_workers:

@@ -12,16 +12,17 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpifedlora.core.batches import Indices
 from mpifedlora.core.config import RunConfig
-from mpifedlora.core.partition import share_alike
+from mpifedlora.core.partition import share_alike, split_by_owner
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ConfigError
-from mpifedlora.io.datasets import Dataset
 from mpifedlora.io.model_files import check_model_folder, check_positions, check_targets, model_path
 from mpifedlora.io.tables import Examples
 from mpifedlora.io.trackers import check_trackers
@@ -30,7 +31,7 @@ from mpifedlora.runtime.data import FederatedData, check_data
 from mpifedlora.runtime.method import carried_progress
 
 if TYPE_CHECKING:
-    from mpifedlora.runtime.evaluation import Evaluation
+    from mpifedlora.runtime.evaluation import Evaluation, OwnEvaluation
     from mpifedlora.runtime.memory import Memory
     from mpifedlora.training.local import LocalSettings
     from mpifedlora.training.models import FederatedModel
@@ -74,7 +75,7 @@ class Replica:
 
     model: FederatedModel
     task: Task
-    evaluation: Evaluation
+    evaluation: Evaluation | OwnEvaluation
     held_out: Evaluation
     data: FederatedData
     settings: LocalSettings
@@ -82,7 +83,12 @@ class Replica:
 
     def examples_of(self) -> Callable[[int], EncodedExamples]:
         """Return a function that gives a client's examples; they are encoded when first needed."""
-        return self.data.encoded_by(lambda examples: self.task.encode(examples.columns, examples.labels))
+        return self.data.encoded_by(lambda examples: encoded(self.task, examples))
+
+
+def encoded(task: Task, examples: Examples) -> EncodedExamples:
+    """Return examples as a task's numbers."""
+    return task.encode(examples.columns, examples.labels)
 
 
 def build_replica(config: RunConfig, data: FederatedData, device: str, states_folder: Path) -> Replica:
@@ -131,14 +137,29 @@ def build_replica(config: RunConfig, data: FederatedData, device: str, states_fo
     )
 
 
-def _evaluation(config: RunConfig, data: FederatedData, task: Task, memory: Memory) -> Evaluation:
-    from mpifedlora.runtime.evaluation import Evaluation
+def _evaluation(
+    config: RunConfig, data: FederatedData, task: Task, memory: Memory
+) -> Evaluation | OwnEvaluation:
+    from mpifedlora.runtime.evaluation import Evaluation, OwnEvaluation
 
-    examples = _evaluation_examples(config, data.dataset)
-    parts = None
-    if config.evaluation.model == "personal":
-        parts = share_alike(data.label_table(), examples.labels, config.federation.seed, "evaluation-parts")
     batch_size, precision = config.evaluation.batch_size, config.training.precision
+    is_personal, own = config.evaluation.model == "personal", data.own_parts(config.evaluation.split)
+    if own is not None:
+        return OwnEvaluation(
+            task,
+            cache(lambda client_id: encoded(task, own.examples_of(client_id))),
+            split_by_owner(_drawn(config, sum(own.sizes)), own.sizes),
+            own.pins,
+            batch_size,
+            precision,
+            is_personal=is_personal,
+            recall=memory.recall,
+        )
+    whole = data.dataset.part(config.evaluation.split)
+    examples = whole.take(_drawn(config, len(whole)))
+    parts = None
+    if is_personal:
+        parts = share_alike(data.label_table(), examples.labels, config.federation.seed, "evaluation-parts")
     return Evaluation(task, examples, batch_size, precision, parts, memory.recall)
 
 
@@ -149,13 +170,12 @@ def _held_out(config: RunConfig, data: FederatedData, task: Task) -> Evaluation:
     return Evaluation(task, examples, config.evaluation.batch_size, config.training.precision)
 
 
-def _evaluation_examples(config: RunConfig, dataset: Dataset) -> Examples:
-    evaluation = config.evaluation
-    whole = dataset.validation if evaluation.split == "validation" else dataset.test
-    if evaluation.max_examples is None or evaluation.max_examples >= len(whole):
-        return whole
-    generator = numpy_generator(config.federation.seed, "evaluation")
-    return whole.take(np.sort(generator.permutation(len(whole))[: evaluation.max_examples]))
+def _drawn(config: RunConfig, num_examples: int) -> Indices:
+    """Return which of the held-out examples are measured."""
+    most = config.evaluation.max_examples
+    if most is None or most >= num_examples:
+        return np.arange(num_examples)
+    return np.sort(numpy_generator(config.federation.seed, "evaluation").permutation(num_examples)[:most])
 
 
 def choose_threads(requested: int | None, num_cores: int, num_sharing: int) -> int:

@@ -83,7 +83,7 @@ class Worker:
         return self._plan
 
     def predictions(self) -> Tensor:
-        """Measure this worker's part of the examples, (examples, statistics) float32."""
+        """Measure this worker's part: the statistics of examples, or the metrics of clients."""
         return self.replica.evaluation.predictions(self.model, self.plan, self.worker_id, self.num_workers)
 
     def train(self) -> UpdateRows:
@@ -218,8 +218,9 @@ def serve(worker: Worker, transport: WorkerTransport) -> None:
             if _follow(worker, transport):
                 return
         except WorkerLost:
-            transport.repair()
+            lost = transport.repair()
             worker.worker_id, worker.num_workers = transport.worker_id, transport.num_workers
+            worker.replica.evaluation.lose(lost, worker.num_workers)
 
 
 def _follow(worker: Worker, transport: WorkerTransport) -> bool:

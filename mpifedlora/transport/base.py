@@ -63,7 +63,7 @@ class TrainsClients(Protocol):
         """Take a plan and the bytes of its message."""
 
     def predictions(self) -> Tensor:
-        """Return (examples, statistics) float32 of this worker's test examples."""
+        """Return what this worker has measured: the statistics of examples, or the metrics of clients."""
 
     def train(self) -> UpdateRows:
         """Train this worker's clients of the round, and return their rows, or the sum of them."""
@@ -87,8 +87,10 @@ class ServerTransport(Protocol):
                 behind the headers, without waiting for an order.
         """
 
-    def collect_predictions(self, counts: Sequence[int], width: int = 2) -> list[Tensor]:
-        """Return each worker's (counts[worker_id], width) float32 statistics."""
+    def collect_predictions(
+        self, counts: Sequence[int], width: int = 2, dtype: str = "float32"
+    ) -> list[Tensor]:
+        """Return what each worker has measured, (counts[worker_id], width)."""
 
     def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
         """Wait until all workers have trained; return their clients' headers, by worker and client."""
@@ -119,7 +121,7 @@ class WorkerTransport(Protocol):
         """Wait for the next plan and its message's bytes, which hold until the next receive."""
 
     def submit_predictions(self, predictions: Tensor) -> None:
-        """Send (examples, statistics) float32."""
+        """Send what this worker has measured, two-dimensional."""
 
     def submit(self, rows: UpdateRows) -> None:
         """Send the rows of this worker's clients, or their sum."""

@@ -48,7 +48,9 @@ class InProcessTransport:
             for worker in self.workers:
                 worker.receive(plan, wire)
 
-    def collect_predictions(self, counts: Sequence[int], width: int = 2) -> list[Tensor]:
+    def collect_predictions(
+        self, counts: Sequence[int], width: int = 2, dtype: str = "float32"
+    ) -> list[Tensor]:
         """Let every worker measure its part of the examples."""
         predictions = [worker.predictions() for worker in self.workers]
         self.bytes_crossed += sum(part.nbytes for part in predictions)

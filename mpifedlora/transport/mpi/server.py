@@ -86,14 +86,16 @@ class MpiServer(Endpoint):
         wait(self._begun(self.comm.Ibcast([record, self._mpi.BYTE])))
 
     @survivable
-    def collect_predictions(self, counts: Sequence[int], width: int = 2) -> list[Tensor]:
-        """Gather each worker's (counts[worker_id], width) float32 statistics."""
+    def collect_predictions(
+        self, counts: Sequence[int], width: int = 2, dtype: str = "float32"
+    ) -> list[Tensor]:
+        """Gather what each worker has measured, (counts[worker_id], width)."""
         import torch
 
-        received = torch.empty(sum(counts), width)
+        received = torch.empty(sum(counts), width, dtype=getattr(torch, dtype))
         self.bytes_crossed += received.nbytes
         wait(self._begun(self.comm.Ibarrier()))
-        sizes = [0, *(4 * width * count for count in counts)]
+        sizes = [0, *(received.itemsize * width * count for count in counts)]
         self.comm.Gatherv(self._mpi.IN_PLACE, [as_bytes(received), sizes, None, self._mpi.BYTE])
         return list(torch.split(received, list(counts)))
 

@@ -95,7 +95,7 @@ class MpiWorker(Endpoint):
 
     @survivable
     def submit_predictions(self, predictions: Tensor) -> None:
-        """Send (examples, statistics) float32."""
+        """Send what this worker has measured, two-dimensional."""
         wait(self._begun(self.comm.Ibarrier()))
         self.comm.Gatherv([as_bytes(predictions), self._mpi.BYTE], None)
 
