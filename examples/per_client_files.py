@@ -1,6 +1,6 @@
 """Write one file a client from 20 Newsgroups, as sites would have them: `python per_client_files.py FOLDER`.
 
-FOLDER gets six files of posts, each with its own mix of topics, and beside it `FOLDER-test.jsonl` to test on.
+FOLDER gets six files of posts, each with its own mix of topics.
 """
 
 import json
@@ -27,4 +27,3 @@ data = read_dataset("20newsgroups")
 parts = partition("dirichlet", data.train.labels, len(SITES), seed=0, alpha=0.5)
 for site, part in zip(SITES, parts, strict=True):
     write(folder / f"{site}.jsonl", data.train.take(part), data.label_names)
-write(folder.with_name(f"{folder.name}-test.jsonl"), data.test, data.label_names)

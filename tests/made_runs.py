@@ -154,6 +154,7 @@ def make_run(
     loses_clients: bool = False,
     accuracy: float = 0.6,
     has_accuracy: bool = True,
+    measures_clients: bool = False,
     bytes_each: int = 1_000_000,
     metrics: tuple[str, ...] = (),
     epsilon: float = math.nan,
@@ -194,6 +195,8 @@ def make_run(
         is_measured = round_num % every == 0 or round_num == num_rounds
         losses = 3 - 2 * share + generator.normal(0, 0.2, num_clients)
         measured = accuracy * (1 - math.exp(-3 * round_num / num_rounds)) if is_measured else math.nan
+        by_client = np.clip(measured + np.linspace(-0.2, 0.1, num_clients), 0, 1)
+        has_clients = measures_clients and is_measured
         sent = int(bytes_each * (1 - 0.8 * share))
         rows.append(
             make_row(
@@ -224,6 +227,8 @@ def make_run(
                 eval_macro_f1=measured * 0.9 if has_accuracy else math.nan,
                 epsilon=epsilon * round_num,
                 eval_metrics=tuple(measured * 10 + place for place in range(len(metrics))),
+                client_num_evaluated=np.full(num_clients, 20) if has_clients else None,
+                client_eval_accuracy=by_client if has_clients else None,
             )
         )
     baselines = (80 * finished * bytes_each, 2 * finished * bytes_each) if has_baselines else ()

@@ -121,6 +121,28 @@ def time_by_phase(rounds: Arrays) -> Phases:
     return Phases(seconds, np.nan_to_num(np.asarray(rounds["evaluate_s"], np.float64)))
 
 
+def measured_clients(clients: Arrays) -> tuple[str, Floats] | None:
+    """Return what was measured last on each client's own examples, its accuracy or else its loss.
+
+    Args:
+        clients: arrays (rounds, clients) as `/clients` of the results has them.
+
+    Returns:
+        `accuracy` or `loss`, and (clients,) values, nan for a client that never was measured; or None.
+
+    >>> found = measured_clients({"eval_accuracy": np.array([[0.5, 0.25], [0.75, np.nan]])})
+    >>> found[0], found[1].tolist()
+    ('accuracy', [0.75, 0.25])
+    """
+    for name in ("accuracy", "loss"):
+        values = np.asarray(clients[f"eval_{name}"], np.float64)
+        is_known = np.isfinite(values)
+        if is_known.any():
+            last = len(values) - 1 - is_known[::-1].argmax(axis=0)
+            return name, values[last, np.arange(values.shape[1])]
+    return None
+
+
 class ClientSummary(NamedTuple):
     """One client over all finished rounds.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpifedlora.core.curves import measured_clients
 from mpifedlora.io.figures import COLORS
 from mpifedlora.io.panels import (
     RunFigure,
@@ -49,7 +50,17 @@ def client_figures(results: Results) -> Iterator[RunFigure]:
     if clients["participated"].any():
         title = "Training loss across clients"
         text = "Median, quartiles and range of the clients' training losses by round."
-        yield RunFigure("client_loss", title, text, partial(_client_loss, results))
+        draw = partial(_spread, results, "train_loss", "training loss (nats)")
+        yield RunFigure("client_loss", title, text, draw)
+    if (found := measured_clients(clients)) is not None:
+        name, values = found
+        text = (
+            f"Median, quartiles and range of the {name} on the clients' own examples by round; in the last, "
+        )
+        text += f"{np.nanmin(values):.3f} to {np.nanmax(values):.3f}."
+        unit = "evaluation loss (nats)" if name == "loss" else f"{name} (0 to 1)"
+        draw = partial(_spread, results, f"eval_{name}", unit)
+        yield RunFigure(f"client_eval_{name}", f"{name} across clients".capitalize(), text, draw)
     if not clients["participated"].all():
         text = f"Whose update was used in which round: {100 * clients['participated'].mean():.0f} % of all."
         height = 1.6 + 0.12 * min(40, max(10, info.num_clients))
@@ -68,18 +79,18 @@ def _labels(results: Results, figure: Figure) -> None:
     figure.colorbar(image, ax=axes, label="training examples", fraction=0.05, pad=0.02)
 
 
-def _client_loss(results: Results, figure: Figure) -> None:
-    axes, losses = figure.subplots(), results.clients["train_loss"]
-    known = np.isfinite(losses).any(axis=1)
+def _spread(results: Results, key: str, unit: str, figure: Figure) -> None:
+    axes, values = figure.subplots(), results.clients[key]
+    known = np.isfinite(values).any(axis=1)
     x = results.rounds["round_num"][known]
-    low, first, middle, third, high = np.nanpercentile(losses[known], (0, 25, 50, 75, 100), axis=1)
+    low, first, middle, third, high = np.nanpercentile(values[known], (0, 25, 50, 75, 100), axis=1)
     if len(x) == 1:
         axes.errorbar(x, middle, [middle - low, high - middle], color=COLORS[0], alpha=0.4, capsize=6)
     axes.fill_between(x, low, high, color=COLORS[0], alpha=0.15, linewidth=0, label="all clients")
     axes.fill_between(x, first, third, color=COLORS[0], alpha=0.35, linewidth=0, label="middle half")
     draw_curve(axes, x, middle, COLORS[0], label="median")
     axes.set_ylim(0, float(high.max()) * 1.08 or 1)
-    axes.set_ylabel("training loss (nats)")
+    axes.set_ylabel(unit)
     round_axis(axes, results.rounds["round_num"])
     legend_above(axes, 3)
 

@@ -124,6 +124,8 @@ def _figures(results: Results, facts: CardFacts) -> str:
     cells += [(name, f"{value:.4f}") for _, name, value in _metrics(results, facts) if math.isfinite(value)]
     if info.eval_model == "personal":
         cells.append(("measured", "each client's own model on its share of the examples"))
+    elif results.clients["num_evaluated"].any():
+        cells.append(("measured", "on what each client has held out, the mean by examples"))
     if facts.lora_ranks:
         least, most = min(facts.lora_ranks), max(facts.lora_ranks)
         cells.append(("LoRA rank", str(most) if least == most else f"{least} to {most}, by module"))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpifedlora.core.curves import measured, summarise_clients
+from mpifedlora.core.curves import measured, measured_clients, summarise_clients
 from mpifedlora.core.units import human_bytes, human_time
 from mpifedlora.io.client_figures import client_labels
 from mpifedlora.io.figures import COLORS
@@ -183,7 +183,7 @@ def inline_svg(svg: str, name: str, text: str) -> Html:
 
 
 def _clients(results: Results) -> Html:
-    info = results.info
+    info, found = results.info, measured_clients(results.clients)
     rows, names = [], client_labels(info)
     for one in summarise_clients(results.clients, info.label_table):
         others = ", ".join(f"{name} {count}" for name, count in one.others.items()) or "-"
@@ -192,6 +192,7 @@ def _clients(results: Results) -> Html:
             one.num_examples or "-",
             f"{one.num_used} of {len(results.rounds['round_num'])}",
             _number(one.last_loss),
+            *([] if found is None else [_number(float(found[1][one.client_id]))]),
             _number(one.mean_s, 1),
             _number(one.total_s, 1),
             others,
@@ -201,6 +202,7 @@ def _clients(results: Results) -> Html:
         "examples",
         "rounds used",
         "last loss",
+        *([] if found is None else [found[0] if found[0] == "accuracy" else "evaluation loss"]),
         "s a round",
         "s in all",
         "left out",
@@ -209,7 +211,9 @@ def _clients(results: Results) -> Html:
         "Examples are the client's training examples, the loss is that of its last update that was used. "
         "Left out: how often an update was not used, and why (an absence does not count)."
     )
-    made = table(head, rows, numeric=range(1 if info.client_names else 0, 6))
+    if found is not None:
+        words += f" The {head[4]} is the last that was measured on the client's own examples."
+    made = table(head, rows, numeric=range(1 if info.client_names else 0, len(head) - 1))
     if len(rows) > _LONG_TABLE:
         made = element("div", made, class_="tall")
     return join([made, element("p", words, class_="quiet")])
@@ -242,10 +246,17 @@ def _environment(results: Results) -> Html:
         else f"{info.startup_s:.1f} s from the launch to round 1",
         "same bits for any number of workers": _yes(info.reproducible),
         "clients protected by noise": _yes(info.is_private),
-        "measured": "the global model" if info.eval_model == "global" else "each client's own model",
+        "measured": _measured(results),
         "results format": info.format_version,
     }
     return table((), list(facts.items()))
+
+
+def _measured(results: Results) -> str:
+    if results.info.eval_model == "personal":
+        return "each client's own model"
+    own = ", on what each client has held out" if results.clients["num_evaluated"].any() else ""
+    return f"the global model{own}"
 
 
 def _yes(value: bool) -> str:

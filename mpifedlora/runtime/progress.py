@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from rich.text import Text
 
 from mpifedlora.core.units import expected_s, human_bytes, human_time
 from mpifedlora.io.output_folder import free_name, left_behind
-from mpifedlora.io.results_schema import Baselines, RoundRow
+from mpifedlora.io.results_schema import Baselines, Floats, RoundRow
 from mpifedlora.runtime.callbacks import Callback, Run
 
 if TYPE_CHECKING:
@@ -271,7 +272,16 @@ def _quality_cells(
     if not math.isnan(final.eval_macro_f1):
         cells.append(("final macro-F1", _number(final.eval_macro_f1)))
     others = _others(final, metric_names)
-    return cells + [(f"final {other}", _number(value)) for other, value in others]
+    cells += [(f"final {other}", _number(value)) for other, value in others]
+    return [*cells, *_client_cells(name, getattr(final, f"client_{shown}"))]
+
+
+def _client_cells(name: str, by_client: Floats | None) -> list[tuple[str, str]]:
+    known = [] if by_client is None else sorted(value for value in by_client.tolist() if math.isfinite(value))
+    if not known:
+        return []
+    low, middle, high = (_number(value) for value in (known[0], statistics.median(known), known[-1]))
+    return [(f"clients' {name}", f"{low} to {high}, median {middle}, of {len(known)} clients")]
 
 
 def _others(row: RoundRow, metric_names: Sequence[str]) -> list[tuple[str, float]]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mpifedlora.core.curves import measured_clients
 from mpifedlora.core.units import human_time
+from mpifedlora.io.client_figures import client_labels
 from mpifedlora.io.report_config import num_planned_rounds
 from mpifedlora.io.results import Results
 from mpifedlora.runtime.progress import format_row, summarise, summary_lines
@@ -34,7 +36,11 @@ def run_lines(results: Results) -> Iterator[str]:
 def client_lines(results: Results) -> Iterator[str]:
     """Return a table of the clients: what they have, and how they did."""
     clients, examples = results.clients, results.info.label_table.sum(1)
-    yield "client  examples  rounds  loss    seconds  left out"
+    name, values = measured_clients(clients) or ("", np.full(results.info.num_clients, np.nan))
+    measure = f"{'evaluated' if name == 'loss' else name:<9}  " if name else ""
+    names = client_labels(results.info)
+    width = max(map(len, ("client", *names)))
+    yield f"{'client':<{width}}  examples  rounds  loss    {measure}seconds  left out"
     for client_id in range(results.info.num_clients):
         took_part = clients["participated"][:, client_id]
         losses, seconds = (clients[name][took_part, client_id] for name in ("train_loss", "train_s"))
@@ -42,5 +48,8 @@ def client_lines(results: Results) -> Iterator[str]:
         left_out = [f"{name} {outcomes[name]}" for name in outcomes if name not in ("used", "absent")]
         loss = f"{losses[-1]:.3f}" if len(losses) and math.isfinite(losses[-1]) else "-"
         mean_s = human_time(float(seconds.mean())) if len(seconds) else "-"
-        counts = f"{client_id:>6}  {examples[client_id]:>8}  {took_part.sum():>6}"
-        yield f"{counts}  {loss:<6}  {mean_s:<7}  {', '.join(left_out)}".rstrip()
+        label = f"{names[client_id]:<{width}}" if results.info.client_names else f"{client_id:>{width}}"
+        counts = f"{label}  {examples[client_id]:>8}  {took_part.sum():>6}"
+        value = values[client_id]
+        shown = f"{f'{value:.3f}' if math.isfinite(value) else '-':<9}  " if name else ""
+        yield f"{counts}  {loss:<6}  {shown}{mean_s:<7}  {', '.join(left_out)}".rstrip()

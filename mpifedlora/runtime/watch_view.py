@@ -11,6 +11,7 @@ import numpy as np
 from rich.text import Text
 
 from mpifedlora.core.charts import bars, sparkline
+from mpifedlora.core.curves import measured_clients
 from mpifedlora.core.units import RECENT_ROUNDS, human_bytes, human_time
 from mpifedlora.io.results import Results
 from mpifedlora.io.results_schema import Array
@@ -18,7 +19,7 @@ from mpifedlora.runtime.watching import Sight
 
 NAME_WIDTH = 10
 _VALUE_WIDTH = 12
-_MOST_NAMED = 4
+_MOST_NAMED, _MOST_WORST = 4, 3
 _LEAST_CHART, _MOST_CHART = 2, 8
 _STYLES: Mapping[str, str] = {
     "finished": "green",
@@ -158,6 +159,7 @@ def _clients(results: Results) -> Iterator[Text]:
         median_s = float(np.median(mean_s[mean_s > 0]))
         named = ", ".join(f"{client} ({_seconds(float(mean_s[client]))})" for client in slowest)
         yield Text(f"{'slowest':<{NAME_WIDTH}}clients {named}; median {_seconds(median_s)}")
+    yield from _by_client(results)
     left_out = ~np.isin(clients["outcome"], ("used", "absent"))
     counts = left_out.sum(0)
     worst = [int(client) for client in np.argsort(-counts, kind="stable") if counts[client]]
@@ -166,6 +168,17 @@ def _clients(results: Results) -> Iterator[Text]:
             _left_out(client, clients["outcome"][left_out[:, client], client]) for client in worst
         )
         yield Text(f"{'left out':<{NAME_WIDTH}}{named}", "yellow")
+
+
+def _by_client(results: Results) -> Iterator[Text]:
+    found = measured_clients(results.clients)
+    if found is None:
+        return
+    name, values = found
+    known = np.flatnonzero(np.isfinite(values))
+    worst = known[np.argsort(values[known] * (-1 if name == "loss" else 1), kind="stable")][:_MOST_WORST]
+    named = ", ".join(f"{client} ({values[client]:.3f})" for client in worst.tolist())
+    yield Text(f"{'worst':<{NAME_WIDTH}}clients {named}; median {name} {np.median(values[known]):.3f}")
 
 
 def _left_out(client: int, outcomes: Sequence[str]) -> str:

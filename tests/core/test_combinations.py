@@ -59,6 +59,7 @@ METROPOLIS: Switches = {
     "annealing.cut": "drop",
     "data.validation_fraction": 0.1,
 }
+OWN_PARTS: Switches = {"data.partition": "files", "evaluation.on": "workers"}
 TARGET: Switches = {"annealing.schedule": "target", "data.validation_fraction": 0.1}
 REDUCE: Switches = {"transport.collect": "reduce", "federation.reproducible": False}
 FED_BACK: Switches = {"transport.error_feedback": True, "transport.uplink_dtype": "int8"}
@@ -263,6 +264,22 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
         {"evaluation.split": "validation", "data.validation_fraction": 0.1},
         {"data.validation_fraction": 0.0},
         'evaluation.split = "validation" needs a validation part, got data.validation_fraction = 0; set',
+    ),
+    # what clients hold out
+    (
+        OWN_PARTS,
+        {"evaluation.on": "server"},
+        'data.partition = "files" without data.test_source needs evaluation.on = "workers" (what a client',
+    ),
+    (
+        OWN_PARTS,
+        {"evaluation.split": "validation"},
+        'evaluation.split = "validation" needs a validation part',
+    ),
+    (
+        OWN_PARTS | {"data.validation_fraction": 0.1},
+        {"annealing.schedule": "target"},
+        'annealing.schedule = "target" needs data.test_source under data.partition = "files" (the server',
     ),
     # sums on the way
     (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import chain
 from random import Random
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpifedlora.core.metrics import Metrics, classification_metrics
+from mpifedlora.core.metrics import ClientMetrics, Metrics, classification_metrics, mean_metrics
 
 LAWS = settings(max_examples=25, deadline=None)
 Pairs = list[tuple[int, int]]
@@ -65,3 +66,30 @@ def test_many_losses_are_summed_in_double_precision() -> None:
     zeros = np.zeros(2**20, np.int64)
     mean = classification_metrics(losses, zeros, zeros).loss
     assert mean == pytest.approx(float(np.float32(0.1)), rel=1e-12)
+
+
+# The mean over clients
+
+CLIENTS = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9), min_size=1, max_size=6
+)
+
+
+@LAWS
+@given(CLIENTS.filter(any), st.integers(0, 9))
+def test_the_mean_over_clients_is_loss_and_accuracy_of_all_examples(clients: list[Pairs], seed: int) -> None:
+    losses = [[Random(seed).random() for _ in pairs] for pairs in clients]
+    parts = [
+        ClientMetrics(len(pairs), measure(pairs, own) if pairs else Metrics(float("nan")))
+        for pairs, own in zip(clients, losses, strict=True)
+    ]
+    found, whole = mean_metrics(parts), measure([*chain(*clients)], [*chain(*losses)])
+    assert found[:2] == pytest.approx(whole[:2], rel=1e-6)
+    found_f1 = [part.metrics.macro_f1 for part in parts if part.num_examples]
+    assert min(found_f1) - 1e-9 <= found.macro_f1 <= max(found_f1) + 1e-9
+
+
+def test_other_metrics_are_averaged_by_examples_too() -> None:
+    parts = [ClientMetrics(n, Metrics(1.0, others={"rmse": value})) for n, value in ((1, 2.0), (3, 4.0))]
+    assert mean_metrics(parts).others == {"rmse": 3.5}
+    assert mean_metrics([]).others == {}

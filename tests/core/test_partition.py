@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpifedlora.core.partition import IntArray, label_table, partition, share_alike, split_stratified
+from mpifedlora.core.partition import (
+    IntArray,
+    label_table,
+    partition,
+    share_alike,
+    split_by_owner,
+    split_stratified,
+)
 from mpifedlora.errors import ConfigError, DataError
 
 KINDS = ("iid", "dirichlet", "quantity", "shards", "column")
@@ -345,3 +352,16 @@ def test_the_training_examples_themselves_are_shared_out_as_they_were(case: Case
     table = label_table(partition("dirichlet", labels, num_clients, seed), labels, 6)
     again = share_alike(table, labels, seed, "client-test")
     assert label_table(again, labels, 6).tolist() == table.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.data())
+def test_what_is_drawn_of_all_clients_goes_back_to_each_of_them(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    owned = [(client_id, index) for client_id, size in enumerate(sizes) for index in range(size)]
+    chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(owned)))))) if owned else []
+    parts = split_by_owner(np.array(chosen, np.int64), sizes)
+    found = [(client_id, index) for client_id, part in enumerate(parts) for index in part.tolist()]
+    assert found == [owned[place] for place in chosen]
+    assert len(parts) == len(sizes)

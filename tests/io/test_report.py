@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
@@ -180,6 +181,20 @@ def test_one_round_one_module_and_metrics_of_the_tasks_own(tmp_path: Path) -> No
     assert "epsilon1.25at delta 1e-05" in text
     assert "perplexity by round: 5.701 after round 1." in text
     assert "$exact_<b> by round: 6.701" in text
+
+
+def test_clients_that_were_measured_on_examples_of_their_own(tmp_path: Path) -> None:
+    names = ("ann", "bob", "cy", "dot")
+    run = make_run(tmp_path, measures_clients=True, every=3, info={"client_names": names})
+    report = write_report(run)
+    assert "client_eval_accuracy" in check_figures(report)
+    text = read_page(report).text
+    last = report.results.clients["eval_accuracy"][-1]
+    assert f"in the last, {last.min():.3f} to {last.max():.3f}." in text
+    assert "The accuracy is the last that was measured on the client's own examples." in text
+    assert "the global model, on what each client has held out" in text
+    for name, value in zip(names, last, strict=True):
+        assert re.search(rf"{name}\D.*{value:.3f}", text)
 
 
 @pytest.mark.slow

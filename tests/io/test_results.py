@@ -61,6 +61,9 @@ def make_info(**changes: Any) -> RunInfo:
     return RunInfo(**(values | changes))
 
 
+MEASURED = ("num_evaluated", "eval_loss", "eval_accuracy", "eval_macro_f1")
+
+
 def make_row(round_num: int = 1, **changes: Any) -> RoundRow:
     values: dict[str, Any] = {}
     shapes: dict[str, Any] = {
@@ -105,6 +108,26 @@ class TestRoundTrip:
                 got, wanted = getattr(back, info_field.name), getattr(info, info_field.name)
                 assert (got, type(got)) == (wanted, type(wanted)), info_field.name
 
+    def test_what_no_client_was_measured_by_is_absent_and_read_as_nan(self, tmp_path: Path) -> None:
+        writer = ResultsWriter(tmp_path / "results.h5", make_info())
+        nothing: dict[str, Any] = {f"client_{name}": None for name in MEASURED}
+        writer.add(make_row(1, **nothing))
+        writer.write()
+        with h5py.File(tmp_path / "results.h5") as file:
+            assert not set(MEASURED) & set(file["clients"])
+        back = read_results(tmp_path / "results.h5")
+        assert back.clients["num_evaluated"].tolist() == [[0] * NUM_CLIENTS]
+        assert np.isnan(back.clients["eval_accuracy"]).all()
+        resumed = ResultsWriter(tmp_path / "resumed.h5", make_info(), back.rows())
+        resumed.write()
+        with h5py.File(tmp_path / "resumed.h5") as file:
+            assert not set(MEASURED) & set(file["clients"])
+        resumed.add(make_row(2))
+        resumed.write()
+        back = read_results(tmp_path / "resumed.h5")
+        assert back.clients["eval_loss"][1].tolist() == [1.0] * NUM_CLIENTS
+        assert np.isnan(back.clients["eval_loss"][0]).all()
+
     def test_a_start_of_unknown_length_is_nan(self, tmp_path: Path) -> None:
         ResultsWriter(tmp_path / "results.h5", make_info(startup_s=math.nan)).write()
         assert math.isnan(read_results(tmp_path / "results.h5").info.startup_s)
@@ -118,7 +141,7 @@ class TestRoundTrip:
             assert file["rounds/module_ranks"].shape == (3, 2)
             assert list(file["rounds/module_ranks"].attrs["module_names"]) == list(MODULES)
             names = {"num_examples", "train_loss", "train_s", "participated", "outcome"}
-            assert set(file["clients"]) == names
+            assert set(file["clients"]) == {*names, *MEASURED}
             assert file["rounds/eval_metrics"][:].tolist() == [[0.5], [1.0], [1.5]]
             assert list(file["rounds/eval_metrics"].attrs["metric_names"]) == ["perplexity"]
             assert file["clients/outcome"].shape == (3, NUM_CLIENTS)
@@ -309,7 +332,8 @@ def assert_complete(path: Path, at_least: int) -> None:
         assert count >= at_least
         numbers = np.arange(1, count + 1)
         for column in COLUMNS:
-            assert len(file[column.path]) == count, column.path
+            assert column.path in file or column.is_optional
+            assert len(file.get(column.path, numbers)) == count, column.path
         np.testing.assert_array_equal(file["rounds/round_num"], numbers)
         np.testing.assert_array_equal(file["rounds/train_loss"], numbers / 2)
         np.testing.assert_array_equal(file["clients/num_examples"][:, 2], numbers)

@@ -1,16 +1,12 @@
 """Clients that have a file each: read by their workers alone, with the same results as from one source."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import federations
 import numpy as np
 import pytest
 import support
+from client_folders import CLIENTS, read_rows, run_watched, write_clients, write_rows
 
 from mpifedlora.errors import ConfigError, DataError
 from mpifedlora.io.results import read_results
@@ -19,22 +15,7 @@ from mpifedlora.runtime import launch
 from mpifedlora.runtime.data import read_data
 from mpifedlora.transport.inprocess import Alone
 
-CLIENTS = ("ann", "bob", "cy", "dot")
 SETTINGS = ["federation.num_rounds=2", "data.partition=files"]
-ROOT = Path(__file__).parents[2]
-
-
-def write_clients(folder, rows):
-    """Write each client's rows to a file of its own; two of them CSV, the others JSONL."""
-    folder.mkdir()
-    for number, name in enumerate(CLIENTS):
-        own = rows[number :: len(CLIENTS)]
-        if number % 2:
-            lines = [json.dumps({"text": text, "label": label}) for text, label in own]
-            (folder / f"{name}.jsonl").write_text("\n".join(lines))
-        else:
-            with (folder / f"{name}.csv").open("w", newline="") as file:
-                csv.writer(file).writerows([("text", "label"), *own])
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +23,11 @@ def folder(tmp_path_factory):
     """Run file, `clients/` with a file each, `test.csv`, and `one.csv` with all rows and their owners."""
     made = tmp_path_factory.mktemp("files")
     support.make_run_file(made)
-    with (made / "data.csv").open(newline="") as file:
-        _, *rows = csv.reader(file)
+    rows = read_rows(made / "data.csv")
     write_clients(made / "clients", rows[:96])
-    with (made / "test.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *rows[96:]])
-    with (made / "one.csv").open("w", newline="") as file:
-        owned = [(*row, CLIENTS[number % 4]) for number, row in enumerate(rows[:96])]
-        csv.writer(file).writerows([("text", "label", "owner"), *owned])
+    write_rows(made / "test.csv", ("text", "label"), rows[96:])
+    owned = [(*row, CLIENTS[number % 4]) for number, row in enumerate(rows[:96])]
+    write_rows(made / "one.csv", ("text", "label", "owner"), owned)
     return made
 
 
@@ -91,47 +69,14 @@ def test_results_name_the_clients(alone):
     assert info.label_table.sum(axis=1).tolist() == [24] * 4
 
 
-WATCHED = """
-import json, os, sys
-from pathlib import Path
-seen = set()
-def hook(event, arguments):
-    if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        seen.add(os.fsdecode(arguments[0]))
-sys.addaudithook(hook)
-from mpifedlora.runtime import launch
-clients, notes = Path(sys.argv[1]), Path(sys.argv[2])
-code = launch.run(Path(sys.argv[3]), sys.argv[5:], Path(sys.argv[4]), False)
-own = sorted(Path(path).name for path in seen if Path(path).parent == clients or Path(path) == clients)
-(notes / os.environ["OMPI_COMM_WORLD_RANK"]).write_text(json.dumps(own))
-sys.exit(code)
-"""
-
-
 @pytest.mark.slow
 def test_over_mpi_nobody_but_its_worker_opens_a_clients_file(folder, alone, tmp_path):
-    """Whatever a process opens or lists is noted by Python's own audit hook."""
-    script, notes = tmp_path / "watched.py", tmp_path / "notes"
-    script.write_text(WATCHED)
-    notes.mkdir()
-    out = folder / "watched"
-    arguments = [script, folder / "clients", notes, folder / "run.toml", out, *settings(folder)]
-    command = f'. {ROOT}/tests/mpi_env.sh; exec mpirun -n 3 "$@"'
-    ended = subprocess.run(
-        ["bash", "-c", command, "mpirun", sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
-    assert ended.returncode == 0, ended.stderr
-    opened = [json.loads((notes / str(mpi_rank)).read_text()) for mpi_rank in range(3)]
+    out, notes = folder / "watched", tmp_path / "notes"
+    opened, output = run_watched(folder / "run.toml", folder / "clients", out, notes, settings(folder))
     assert opened == [[], ["ann.csv", "clients", "cy.csv"], ["bob.jsonl", "clients", "dot.jsonl"]]
     found, wanted = federations.contents(out), federations.contents(alone)
     assert [key for key in found if found[key] != wanted[key]] == []
-    assert "ann" in ended.stdout
+    assert "ann" in output
 
 
 # What is wrong with a file
@@ -185,12 +130,6 @@ def test_a_missing_folder_is_named(folder, tmp_path):
 def test_settings_that_do_not_go_with_files(folder, setting, message):
     with pytest.raises((ConfigError, DataError), match=message):
         data_of(folder, setting)
-
-
-def test_files_need_a_source_to_test_on(folder):
-    given = [text for text in settings(folder) if "test_source" not in text]
-    with pytest.raises(ConfigError, match=r'partition = "files" needs test_source'):
-        read_run_file(folder / "run.toml", given)
 
 
 def test_labels_given_are_numbered_as_they_stand(folder):

@@ -92,3 +92,20 @@ def test_a_run_before_its_first_round(tmp_path):
     assert call(tmp_path).output.splitlines()[2].startswith("bytes sent")
     assert len(call(tmp_path, "--csv", "-").output.splitlines()) == 1
     assert call(tmp_path, "--clients").output.splitlines()[1].split() == ["0", "2", "0", "-", "-"]
+
+
+def test_clients_that_were_measured_have_names_and_an_accuracy(tmp_path):
+    accuracy = np.array([0.5, 0.25, math.nan, 1.0, 0.75, 0.5])
+    measured = {"client_eval_accuracy": accuracy, "client_num_evaluated": np.array([8, 8, 0, 4, 4, 8])}
+    names = ("ann", "bartholomew", "cy", "dot", "eve", "fay")
+    write_results(tmp_path, [make_row(1, **measured), make_row(2)], client_names=names)
+    lines = call(tmp_path, "--clients").output.splitlines()
+    assert lines[0] == "client         examples  rounds  loss    accuracy   seconds  left out"
+    assert lines[2] == "1 bartholomew         2       2  2.000   0.250      2s"
+    assert lines[3] == "2 cy                  2       2  3.000   -          3s"
+    assert "clients' accuracy" not in call(tmp_path).output  # of the last round, which was not measured so
+    write_results(tmp_path, [make_row(1, **measured)], client_names=names)
+    assert "clients' accuracy  0.250 to 1.000, median 0.500, of 5 clients" in call(tmp_path).output
+    rows = list(csv.DictReader(io.StringIO(call(tmp_path, "--csv", "-", "--clients").output)))
+    assert [row["eval_accuracy"] for row in rows] == ["0.5", "0.25", "", "1.0", "0.75", "0.5"]
+    assert [row["num_evaluated"] for row in rows] == ["8", "8", "0", "4", "4", "8"]

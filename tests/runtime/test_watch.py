@@ -10,6 +10,7 @@ import sys
 import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
 import support
 from made_runs import make_row, without_client, write_results
@@ -149,6 +150,16 @@ class TestFrame:
         rows += [without_client(6, 5, "failed"), without_client(7, 5, "failed"), without_client(8, 0, "late")]
         events = tuple(f"event {number} [red]" for number in range(1, 10))
         return Sight("running", write_results(tmp_path, rows, events=events), 3.0)
+
+    @pytest.mark.parametrize(
+        ("name", "worst"),
+        [("accuracy", "1 (0.250), 0 (0.500), 5 (0.500)"), ("loss", "3 (1.000), 4 (0.750), 0 (0.500)")],
+    )
+    def test_names_the_clients_that_are_served_worst(self, tmp_path, name, worst):
+        measured = {f"client_eval_{name}": np.array([0.5, 0.25, np.nan, 1.0, 0.75, 0.5])}
+        results = write_results(tmp_path, [make_row(1), make_row(2, **measured), make_row(3)])
+        lines = shown(Sight("running", results, 3.0))
+        assert f"worst     clients {worst}; median {name} 0.500" in lines
 
     def test_says_it_all_in_80_columns_and_24_lines(self, sight):
         lines = shown(sight)
