@@ -147,7 +147,8 @@ def _notes(resolved: ResolvedRun, info: RunInfo) -> Iterator[str]:
     data, evaluation = resolved.config.data, resolved.config.evaluation
     if data.partition == "files" and data.test_source is None:
         key = f"{evaluation.split}_fraction"
-        yield f"note: the workers measure, on what each client's file holds out ({key} = {getattr(data, key):g})"
+        share = f"{key} = {getattr(data, key):g}"
+        yield f"note: the workers measure, on what each client's file holds out ({share})"
     without = np.flatnonzero(info.label_table.sum(axis=1) == 0).tolist()
     if without:
         yield f"note: {len(without)} clients have no examples and never take part: {_listed(without)}"

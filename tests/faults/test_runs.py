@@ -6,6 +6,7 @@ import time
 
 import pytest
 import support
+from client_folders import read_rows, write_clients
 from faults.runs import LONG, begin, differing, processes_of, wait_for_rounds
 
 from mpifedlora.io.results import read_results
@@ -42,6 +43,21 @@ def test_killed_workers_change_nothing(folder, tmp_path, whole, killed):
     assert results.status == "finished"
     assert any("has died" in event.text for event in results.events)
     assert differing(out, whole) == []
+
+
+def test_clients_with_files_of_a_killed_worker_go_on_being_trained_and_measured(folder, tmp_path):
+    write_clients(tmp_path / "clients", read_rows(folder / "data.csv"))
+    own = ["data.partition=files", f"data.source={tmp_path / 'clients'}", "evaluation.on=workers"]
+    assert launch.run(folder / "run.toml", [LONG, *own], tmp_path / "whole", False) == 0
+    out = tmp_path / "run"
+    process = begin(folder, out, *own)
+    wait_for_rounds(out, process)
+    os.kill(processes_of(out)[2], signal.SIGKILL)
+    output, _ = process.communicate(timeout=110)
+    assert process.returncode == 0, output
+    assert "begins again with 2 workers" in output
+    assert (read_results(out / "results.h5").clients["num_evaluated"] == 6).all()
+    assert differing(out, tmp_path / "whole") == []
 
 
 def test_a_killed_server_ends_the_job_which_is_resumed(folder, tmp_path, whole):
