@@ -1,5 +1,6 @@
-"""Run the study: python benchmarks/study/run.py, and again after an interruption.
+"""Run the study, and go on with it after an interruption.
 
+    python benchmarks/study/run.py                    # all of it
     python benchmarks/study/run.py --list             # what is left, without running it
     python benchmarks/study/run.py --quick            # every arm for two rounds, as a check; minutes
     python benchmarks/study/run.py --stage core       # one stage: tuning, core, factors or ablations
@@ -34,10 +35,9 @@ from design import (
     ablations,
     core,
     factors,
-    source_of_rate,
     tuning,
 )
-from records import RESULTS, Records, record, tables_of, trial_of, write_run_file
+from records import RESULTS, Records, chosen_rates, record, tables_of, trial_of, write_run_file
 
 from mpifedlora.io.results import read_results
 
@@ -48,24 +48,6 @@ QUICK = {"federation.num_rounds": 2, "training.local_steps": 1, "evaluation.max_
          "initiating.rounds": 1, "annealing.heating_rounds": 0}  # fmt: skip
 # glibc would give every large gradient back to the system and fetch zeroed pages for the next.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "9000000000", "MALLOC_TOP_PAD_": "268435456"}
-
-
-def chosen_rates(records: Records) -> dict[tuple[str, str], float]:
-    """Return the learning rate of each arm in each setting: the best on the validation part, by loss.
-
-    Where nothing was tuned, it is the middle of the arm's grid.
-    """
-    return {(setting, arm): _chosen(records, setting, arm) for setting in SETTINGS for arm in ARMS}
-
-
-def _chosen(records: Records, setting: str, arm: str) -> float:
-    setting, arm = source_of_rate(setting, arm)
-    tried = [
-        trial for trial in tuning() if (trial.setting, trial.arm) == (setting, arm) and records.has(trial)
-    ]
-    if not tried:
-        return ARMS[arm].rates[len(ARMS[arm].rates) // 2]
-    return min(tried, key=lambda trial: records.runs[trial].loss).rate
 
 
 def trials_of(stage: str, rates: Rates) -> list[Trial]:

@@ -1,0 +1,273 @@
+"""Make the study's tables and figures from its committed results.
+
+    python benchmarks/study/tables.py
+
+Every table in docs/study.md and README.md that stands between `<!-- study: NAME -->` and `<!-- end -->` is
+written anew, and the figures in docs/figures. With --check nothing is written, and the exit code is 1 if a
+table differs from the results.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+import numpy as np
+from design import ABLATIONS, ARMS, CORE, FACTORS, SEEDS, TUNED, Arm, Trial, tuning
+from records import Point, Record, Records, chosen_rates
+
+from mpifedlora.io.figures import COLORS, MARKERS, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "docs/study.md", ROOT / "README.md")
+FIGURES = ROOT / "docs/figures"
+BLOCK = re.compile(r"(<!-- study: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TARGET_SHARE = 0.95
+TITLES = {"20newsgroups": "20 Newsgroups", "r52": "Reuters R52"}
+
+
+class Cell(NamedTuple):
+    """An arm's runs in a setting on one part of the data, by seed."""
+
+    arm: Arm
+    runs: dict[int, Record]
+    curves: dict[int, list[Point]]
+
+    def mean(self, name: str) -> float:
+        """Return the mean over seeds of a number of the runs."""
+        return float(np.mean([getattr(run, name) for run in self.runs.values()]))
+
+
+def cells(records: Records, setting: str, arms: Iterable[Arm], split: str) -> list[Cell]:
+    """Return what there is of some arms at the learning rates that were chosen."""
+    rates, found = chosen_rates(records), []
+    for arm in arms:
+        trials = [Trial(setting, arm.name, rates[setting, arm.name], seed, split) for seed in SEEDS]
+        there = {trial.seed: trial for trial in trials if trial in records.runs}
+        if there:
+            runs = {seed: records.runs[trial] for seed, trial in there.items()}
+            found.append(Cell(arm, runs, {seed: records.curves[trial] for seed, trial in there.items()}))
+    return found
+
+
+def methods_table(records: Records, setting: str) -> list[str]:
+    """Return accuracy and bytes of every arm on the test part."""
+    found = cells(records, setting, CORE, "test")
+    reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
+    head = ("method", "learning rate", "accuracy", "best", "minus FedAvg, by seed", "values sent", "fewer",
+            "fewer bytes", "MB to 95 % of its best", "rounds", "CPU s", "seeds")  # fmt: skip
+    rows = []
+    for cell in found:
+        run = next(iter(cell.runs.values()))
+        reached = _reached(cell, reference)
+        rows.append((
+            cell.arm.about,
+            f"{run.rate:g}",
+            _spread([run.accuracy for run in cell.runs.values()]),
+            f"{cell.mean('best_accuracy'):.3f}",
+            _difference(cell, reference),
+            f"{cell.mean('sent_values') / 1e6:,.0f} M",
+            f"{100 * (1 - cell.mean('sent_values') / cell.mean('full_model_values')):.2f} %",
+            f"{100 * (1 - cell.mean('sent_bytes') / cell.mean('full_model_bytes')):.2f} %",
+            f"{reached[0] / 1e6:,.0f}" if reached else "-",
+            f"{reached[1]:.0f}" if reached else "-",
+            _seconds(cell),
+            f"{len(cell.runs)}",
+        ))  # fmt: skip
+    return _table(head, rows)
+
+
+def tuning_table(records: Records) -> list[str]:
+    """Return loss and accuracy on the validation part of every learning rate that was tried."""
+    rows = []
+    for setting in TUNED:
+        for arm in CORE:
+            runs = [
+                records.runs[t]
+                for t in tuning()
+                if (t.setting, t.arm) == (setting, arm.name) and t in records.runs
+            ]
+            best = min((run.loss for run in runs), default=0.0)
+            tried = (
+                f"{run.rate:g}: {_bold(f'{run.loss:.3f}', run.loss == best)} ({run.accuracy:.3f})"
+                for run in runs
+            )
+            if runs:
+                rows.append((TITLES[setting], arm.about, ", ".join(tried)))
+    return _table(("data", "method", "learning rate: loss (accuracy)"), rows)
+
+
+def ablation_table(records: Records) -> list[str]:
+    """Return what each change of one factor does, on the validation part."""
+    found = cells(records, TUNED[0], (ARMS["sa-adapter"], *ABLATIONS), "validation")
+    reference = next((cell for cell in found if cell.arm.name == "sa-adapter"), None)
+    rows = []
+    for cell in found:
+        is_reference = cell is reference
+        rows.append((
+            "**as it is**" if is_reference else cell.arm.about,
+            _spread([run.accuracy for run in cell.runs.values()]),
+            "" if is_reference else _difference(cell, reference),
+            f"{cell.mean('loss'):.3f}",
+            f"{100 * (1 - cell.mean('sent_bytes') / cell.mean('full_model_bytes')):.2f} %",
+            f"{len(cell.runs)}",
+        ))  # fmt: skip
+    return _table(
+        ("change", "accuracy", "difference, by seed", "loss", "fewer bytes than FedAvg", "seeds"), rows
+    )
+
+
+def factor_table(records: Records) -> list[str]:
+    """Return FedAvg, fixed rank and SA-FedLoRA in the other settings, on the test part."""
+    rows = []
+    for setting, names in FACTORS.items():
+        found = cells(records, setting, [ARMS[name] for name in names], "test")
+        reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
+        for cell in found:
+            accuracy = _spread([run.accuracy for run in cell.runs.values()])
+            less = 100 * (1 - cell.mean("sent_bytes") / cell.mean("full_model_bytes"))
+            rows.append(
+                (
+                    setting,
+                    cell.arm.about,
+                    accuracy,
+                    _difference(cell, reference),
+                    f"{less:.2f} %",
+                    f"{len(cell.runs)}",
+                )
+            )
+    return _table(("setting", "method", "accuracy", "minus FedAvg, by seed", "fewer bytes", "seeds"), rows)
+
+
+def _bold(text: str, is_bold: bool) -> str:
+    return f"**{text}**" if is_bold else text
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def _difference(cell: Cell, reference: Cell | None) -> str:
+    """Return the mean of paired differences in points, and each of them."""
+    if reference is None or cell is reference:
+        return ""
+    both = [seed for seed in cell.runs if seed in reference.runs]
+    points = [100 * (cell.runs[seed].accuracy - reference.runs[seed].accuracy) for seed in both]
+    listed = ", ".join(f"{value:+.1f}" for value in points)
+    return f"{np.mean(points):+.1f} ({listed})" if points else ""
+
+
+def _reached(cell: Cell, reference: Cell | None) -> tuple[float, float] | None:
+    """Return mean bytes and rounds until each seed's run is within 5 % of FedAvg's best of that seed."""
+    if reference is None:
+        return None
+    firsts = []
+    for seed, curve in cell.curves.items():
+        if seed not in reference.runs:
+            return None
+        target = TARGET_SHARE * reference.runs[seed].best_accuracy
+        first = next((point for point in curve if point.accuracy >= target), None)
+        if first is None:
+            return None
+        firsts.append((first.sent_bytes, first.round_num))
+    return tuple(np.mean(firsts, axis=0))
+
+
+def _seconds(cell: Cell) -> str:
+    seconds = [run.cpu_s for run in cell.runs.values() if np.isfinite(run.cpu_s)]
+    return f"{np.mean(seconds):.0f}" if seconds else "-"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+TABLES: Mapping[str, Callable[[Records], list[str]]] = {
+    **{f"methods-{name}": lambda records, name=name: methods_table(records, name) for name in TUNED},
+    "tuning": tuning_table,
+    "ablations": ablation_table,
+    "factors": factor_table,
+}
+
+
+def rebuilt(text: str, records: Records) -> str:
+    """Return a page with every table made anew."""
+    return BLOCK.sub(lambda found: found[1] + "\n".join(TABLES[found[2]](records)) + "\n" + found[3], text)
+
+
+def draw_curves(records: Records) -> Callable[[Figure], object]:
+    """Return what draws accuracy against bytes, a panel for each data set."""
+    names = ("fedavg", "fedit-r16", "fedit-r7", "sa-full", "sa-adapter")
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, len(TUNED), squeeze=False)[0]
+        for axis, setting in zip(axes, TUNED, strict=True):
+            for i, cell in enumerate(cells(records, setting, [ARMS[name] for name in names], "test")):
+                points = [[(p.sent_bytes, p.accuracy) for p in curve] for curve in cell.curves.values()]
+                sent, accuracy = np.mean(np.array(points), axis=0).T
+                look = {"color": COLORS[i], "marker": MARKERS[i], "label": cell.arm.about}
+                axis.plot(sent / 1e9, accuracy, **look)
+            axis.set(
+                xscale="log", title=TITLES[setting], xlabel="GB sent, both directions", ylabel="test accuracy"
+            )
+        axes[0].legend(loc="lower right", fontsize=8)
+
+    return draw
+
+
+def draw_ranks(records: Records) -> Callable[[Figure], object]:
+    """Return what draws held-out accuracy against the largest rank."""
+    names = ("sa-adapter+r4", "sa-adapter+r6", "sa-adapter+r8", "sa-adapter", "sa-adapter+r16")
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        found = cells(records, TUNED[0], [ARMS[name] for name in names], "validation")
+        ranks = [cell.arm.switches["lora.rank_max"] for cell in found]
+        spread = [np.std([run.accuracy for run in cell.runs.values()]) for cell in found]
+        axis.errorbar(
+            ranks, [cell.mean("accuracy") for cell in found], yerr=spread, color=COLORS[0], capsize=4
+        )
+        for cell, lora_rank in zip(found, ranks, strict=True):
+            less = 100 * (1 - cell.mean("sent_values") / cell.mean("full_model_values"))
+            axis.annotate(
+                f"{less:.1f} %", (lora_rank, cell.mean("accuracy")), (4, 6), textcoords="offset points"
+            )
+        axis.set(
+            xlabel="rank_max",
+            ylabel="accuracy on the validation part",
+            title="and how many fewer values than FedAvg",
+        )
+
+    return draw
+
+
+@click.command(help=__doc__)
+@click.option("--check", is_flag=True, help="Write nothing; end with 1 if a page differs from the results.")
+def main(check: bool) -> None:
+    """Make all tables and figures, or check them."""
+    records, differing = Records(), []
+    for page in PAGES:
+        text = page.read_text()
+        fresh = rebuilt(text, records)
+        if fresh != text:
+            differing.append(page.name)
+            if not check:
+                page.write_text(fresh)
+    if not check:
+        write_figure(FIGURES / "study-curves.png", draw_curves(records), (12, 5))
+        write_figure(FIGURES / "study-ranks.png", draw_ranks(records), (7, 4.5))
+    for name in differing:
+        click.echo(f"{name}: {'differs from' if check else 'written from'} benchmarks/study/results")
+    sys.exit(1 if check and differing else 0)
+
+
+if __name__ == "__main__":
+    main()
