@@ -35,6 +35,21 @@ COMMON: Switches = {
     "checkpoint.every": 0,
 }
 
+TUNED: Mapping[str, str] = {"20newsgroups": "20newsgroups", "r52": "reuters-r52"}  # setting -> data source
+FIRST = next(iter(TUNED))  # whose choices the settings that are not tuned take over
+LOCAL_SEED = 0
+
+
+def client_setting(setting: str, client_id: int) -> str:
+    """Return the setting in which one client of another setting's federation is alone."""
+    return f"{setting}-client-{client_id}"
+
+
+def client_file(setting: str, client_id: int) -> str:
+    """Return the file with a client's training examples, from the root of the repository."""
+    return f"runs/study/clients/{setting}-seed{LOCAL_SEED}/{client_id}.jsonl"
+
+
 SETTINGS: Mapping[str, Switches] = {
     "20newsgroups": {"data.source": "20newsgroups"},
     "r52": {"data.source": "reuters-r52"},
@@ -45,10 +60,18 @@ SETTINGS: Mapping[str, Switches] = {
         "federation.num_clients": 64,
         "federation.cohort_size": 8,
     },
+    **{
+        client_setting(name, k): {
+            "data.source": client_file(name, k),
+            "data.test_source": source,
+            "data.partition": "iid",
+            "data.validation_fraction": 0.0,
+            "federation.num_clients": 1,
+        }
+        for name, source in TUNED.items()
+        for k in range(COMMON["federation.num_clients"])
+    },
 }
-
-
-TUNED = ("20newsgroups", "r52")  # the other settings take over what was chosen on the first
 
 
 @dataclass(frozen=True)
@@ -94,13 +117,18 @@ ANNEALED: Switches = {
 CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.local_steps": 32}
 FULL: Mapping[str, Any] = {"rates": FULL_RATES, "rate_key": FULL_KEY}
 
+FEDAVG: Switches = {"federation.method": "fedavg"}
+FEDIT: Switches = {"federation.method": "fedit"}
+
 CORE: tuple[Arm, ...] = (
-    Arm("fedavg", "FedAvg, whole model", {"federation.method": "fedavg"}, **FULL),
+    Arm("central-full", "all data in one place, whole model", {**FEDAVG, **CENTRAL}, **FULL),
+    Arm("central-lora", "all data in one place, rank 16", {**FEDIT, **_lora(16), **CENTRAL}),
+    Arm("fedavg", "FedAvg, whole model", FEDAVG, **FULL),
     Arm("fedprox", "FedProx, whole model", {"federation.method": "fedprox"}, **FULL, follows="fedavg"),
-    Arm("fedit-r16", "FedIT, rank 16", {"federation.method": "fedit", **_lora(16)}),
-    Arm("fedit-r8", "FedIT, rank 8", {"federation.method": "fedit", **_lora(8)}, follows="fedit-r16"),
-    Arm("fedit-r7", "FedIT, rank 7: SA-FedLoRA's bytes", {"federation.method": "fedit", **_lora(7)}),
-    Arm("fedit-r2", "FedIT, rank 2", {"federation.method": "fedit", **_lora(2)}, follows="fedit-r16"),
+    Arm("fedit-r16", "FedIT, rank 16", {**FEDIT, **_lora(16)}),
+    Arm("fedit-r8", "FedIT, rank 8", {**FEDIT, **_lora(8)}, follows="fedit-r16"),
+    Arm("fedit-r7", "FedIT, rank 7: SA-FedLoRA's bytes", {**FEDIT, **_lora(7)}),
+    Arm("fedit-r2", "FedIT, rank 2", {**FEDIT, **_lora(2)}, follows="fedit-r16"),
     Arm("ffa-lora", "FFA-LoRA, rank 16", {"federation.method": "ffa-lora", **_lora(16)}),
     Arm("flora", "FLoRA, rank 16", {"federation.method": "flora", **_lora(16)}),
     Arm("fedex-lora", "FedEx-LoRA, rank 16", {"federation.method": "fedex-lora", **_lora(16)}),
@@ -113,6 +141,45 @@ CORE: tuple[Arm, ...] = (
     }),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
 )  # fmt: skip
+
+# What each client reaches alone.
+LOCAL: tuple[Arm, ...] = (
+    Arm(
+        "local-full",
+        "each client alone, whole model",
+        {"federation.method": "fedavg"},
+        **FULL,
+        follows="fedavg",
+    ),
+    Arm(
+        "local-lora",
+        "a client alone, rank 16",
+        {**FEDIT, **_lora(16)},
+        follows="fedit-r16",
+    ),
+)
+
+# How the step sizes of A, B and the head were found, at rank 16. Under Adam a step moves s B A by about
+# s times the learning rate through B and by the learning rate through A, so the scaling s sets their ratio
+# (what LoRA+, arXiv 2402.12354, does with two learning rates); the head has a factor of its own.
+SEARCHED: tuple[tuple[float, float, float], ...] = (  # scaling, learning rate, factor of the head
+    (2, 4e-3, 1),
+    (4, 4e-3, 1),
+    (8, 2e-3, 4),
+    (16, 1e-3, 4),
+    (16, 5e-4, 8),
+    (32, 5e-4, 8),
+    (64, 2.5e-4, 16),
+)
+SEARCH: tuple[Arm, ...] = tuple(
+    Arm(
+        f"search-s{scaling:g}-h{head:g}-{rate:g}",
+        f"scaling {scaling:g}, learning rate {rate:g}, head {head:g} times that",
+        {**ANNEALED, "lora.rank_max": 16, "lora.alpha": 16.0 * scaling, "training.head_rate_factor": head},
+        (rate,),
+    )
+    for scaling, rate, head in SEARCHED
+)
 
 # One factor at a time from `sa-adapter`, at its learning rate.
 ABLATIONS: tuple[Arm, ...] = tuple(
@@ -147,10 +214,11 @@ ABLATIONS: tuple[Arm, ...] = tuple(
     )
 )  # fmt: skip
 
-ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *ABLATIONS)}
-FACTORS: Mapping[str, tuple[str, ...]] = {  # what is run in the settings beside the core's
-    setting: ("fedavg", "fedit-r7", "sa-adapter") for setting in SETTINGS if setting not in TUNED
-}
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *LOCAL, *SEARCH, *ABLATIONS)}
+FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the settings beside the core's
+    ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
+    ("fedavg", "fedit-r7", "sa-adapter"),
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +246,7 @@ class Trial:
 
     def overrides(self) -> dict[str, Any]:
         """Return what it sets beside its arm's run file."""
-        every = 8 if self.split == "test" else 20
+        every = 40 if self.arm.startswith("local") else 8 if self.split == "test" else 20
         return {
             ARMS[self.arm].rate_key: self.rate,
             "federation.seed": self.seed,
@@ -188,6 +256,11 @@ class Trial:
 
 
 Rates = Mapping[tuple[str, str], float]
+
+
+def search() -> Iterator[Trial]:
+    """Yield the runs that were made to find the step sizes, on held-out training data."""
+    yield from (Trial(FIRST, arm.name, arm.rates[0], 0, "validation") for arm in SEARCH)
 
 
 def tuning() -> Iterator[Trial]:
@@ -205,6 +278,15 @@ def core(rates: Rates) -> Iterator[Trial]:
             yield from (Trial(setting, arm.name, rates[setting, arm.name], seed, "test") for arm in CORE)
 
 
+def local(rates: Rates) -> Iterator[Trial]:
+    """Yield the runs of the clients of one federation, each alone with its data."""
+    for setting in TUNED:
+        for arm in LOCAL:
+            for k in range(COMMON["federation.num_clients"]):
+                alone = client_setting(setting, k)
+                yield Trial(alone, arm.name, rates[alone, arm.name], LOCAL_SEED, "test")
+
+
 def factors(rates: Rates) -> Iterator[Trial]:
     """Yield the runs in the other settings."""
     for seed in SEEDS:
@@ -216,9 +298,10 @@ def ablations(rates: Rates) -> Iterator[Trial]:
     """Yield the runs that change one factor, measured on held-out training data."""
     for seed in SEEDS:
         for arm in (ARMS["sa-adapter"], *ABLATIONS):
-            yield Trial(TUNED[0], arm.name, rates[TUNED[0], arm.name], seed, "validation")
+            yield Trial(FIRST, arm.name, rates[FIRST, arm.name], seed, "validation")
 
 
 def source_of_rate(setting: str, arm: str) -> tuple[str, str]:
     """Return the setting and the arm whose tuning chooses the learning rate of an arm in a setting."""
-    return setting if setting in TUNED else TUNED[0], ARMS[arm].follows or arm
+    tuned = next((name for name in TUNED if setting == name or setting.startswith(f"{name}-client-")), FIRST)
+    return tuned, ARMS[arm].follows or arm

@@ -3,7 +3,7 @@
     python benchmarks/study/run.py                    # all of it
     python benchmarks/study/run.py --list             # what is left, without running it
     python benchmarks/study/run.py --quick            # every arm for two rounds, as a check; minutes
-    python benchmarks/study/run.py --stage core       # one stage: tuning, core, factors or ablations
+    python benchmarks/study/run.py --stage core       # search, tuning, core, local, factors or ablations
     python benchmarks/study/run.py --adopt runs/a     # take in runs that were made elsewhere
 
 Each run is one process with one thread and its own run file, benchmarks/study/runs/SETTING/ARM.toml, which
@@ -14,6 +14,7 @@ whatever there is.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,25 +26,36 @@ from pathlib import Path
 
 import click
 from design import (
+    ABLATIONS,
     ARMS,
     CORE,
     FACTORS,
+    FIRST,
+    LOCAL,
+    LOCAL_SEED,
+    SEARCH,
     SETTINGS,
     TUNED,
     Rates,
     Trial,
     ablations,
+    client_file,
     core,
     factors,
+    local,
+    search,
     tuning,
 )
 from records import RESULTS, Records, chosen_rates, record, tables_of, trial_of, write_run_file
 
+from mpifedlora.core.partition import partition
+from mpifedlora.io.datasets import read_dataset
 from mpifedlora.io.results import read_results
+from mpifedlora.io.run_file import resolve_run
 
 RUN_FILES = Path(__file__).parent / "runs"
 ROOT = Path(__file__).parents[2]
-STAGES = ("tuning", "core", "factors", "ablations")
+STAGES = ("search", "tuning", "core", "local", "factors", "ablations")
 QUICK = {"federation.num_rounds": 2, "training.local_steps": 1, "evaluation.max_examples": 64,
          "initiating.rounds": 1, "annealing.heating_rounds": 0}  # fmt: skip
 # glibc would give every large gradient back to the system and fetch zeroed pages for the next.
@@ -52,29 +64,48 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "9000000000", "MALL
 
 def trials_of(stage: str, rates: Rates) -> list[Trial]:
     """Return a stage's runs in order."""
-    makers = {"core": core, "factors": factors, "ablations": ablations}
-    return list(tuning() if stage == "tuning" else makers[stage](rates))
+    fixed = {"search": search, "tuning": tuning}
+    chosen = {"core": core, "local": local, "factors": factors, "ablations": ablations}
+    return list(fixed[stage]() if stage in fixed else chosen[stage](rates))
 
 
 def write_run_files(rates: Rates) -> None:
     """Write the run file of every arm in every setting that it is run in, at seed 0 and on the test part."""
     for setting in SETTINGS:
-        names = (
-            ARMS
-            if setting == TUNED[0]
-            else [arm.name for arm in CORE]
-            if setting in TUNED
-            else FACTORS[setting]
-        )
-        for name in names:
+        for name in _arms_of(setting):
             trial = Trial(setting, name, rates[setting, name], 0, "test")
             head = f"{ARMS[name].about}, on {setting}. Written by benchmarks/study/run.py from design.py."
             write_run_file(RUN_FILES / setting / f"{name}.toml", tables_of(trial), head)
 
 
+def _arms_of(setting: str) -> Iterable[str]:
+    if setting in FACTORS:
+        return FACTORS[setting]
+    if setting in TUNED:
+        return [arm.name for arm in (*CORE, *(SEARCH + ABLATIONS if setting == FIRST else ()))]
+    return [arm.name for arm in LOCAL]
+
+
+def write_client_files(setting: str) -> None:
+    """Write what each client of a federation trains on into a file of its own."""
+    config = resolve_run(tables_of(Trial(setting, "fedavg", 1e-4, LOCAL_SEED, "test")), {}).config
+    data = read_dataset(
+        config.data.source, validation_fraction=config.data.validation_fraction, seed=LOCAL_SEED
+    )
+    num_clients, alpha = config.federation.num_clients, config.data.alpha
+    parts = partition("dirichlet", data.train.labels, num_clients, LOCAL_SEED, alpha=alpha)
+    for client_id, part in enumerate(parts):
+        examples = data.train.take(part)
+        rows = zip(examples.texts, examples.labels, strict=True)
+        file = ROOT / client_file(setting, client_id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"text": text, "label": data.label_names[label]}) for text, label in rows]
+        file.write_text("\n".join(lines) + "\n")
+
+
 def run_trial(trial: Trial, out: Path, quick: bool) -> tuple[Path, float]:
     """Run a trial, and return its folder and processor time in seconds."""
-    folder = out / trial.name
+    folder = out.resolve() / trial.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = RUN_FILES / trial.setting / f"{trial.arm}.toml"
     sets = trial.overrides() | (QUICK if quick else {})
@@ -86,6 +117,7 @@ def run_trial(trial: Trial, out: Path, quick: bool) -> tuple[Path, float]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            cwd=ROOT,
             env={**MALLOC, **os.environ, "OMP_NUM_THREADS": "1"},
         )
         _, status, usage = os.wait4(process.pid, 0)
@@ -144,6 +176,9 @@ def main(
             trials = list({replace(trial, seed=0, rate=ARMS[trial.arm].rates[0]): None for trial in trials})
         left = [trial for trial in trials if quick or not records.has(trial)]
         click.echo(f"{name}: {len(trials) - len(left)} of {len(trials)} runs are there")
+        if name == "local" and left and not is_list:
+            for setting in TUNED:
+                write_client_files(setting)
         if is_list:
             click.echo("".join(f"  {trial.name}\n" for trial in left), nl=False)
         else:

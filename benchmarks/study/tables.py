@@ -17,7 +17,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import numpy as np
-from design import ABLATIONS, ARMS, CORE, FACTORS, SEEDS, TUNED, Arm, Trial, tuning
+from design import (
+    ABLATIONS,
+    ARMS,
+    COMMON,
+    CORE,
+    FACTORS,
+    FIRST,
+    LOCAL,
+    SEARCH,
+    SEEDS,
+    TUNED,
+    Arm,
+    Trial,
+    client_setting,
+    tuning,
+)
 from records import Point, Record, Records, chosen_rates
 
 from mpifedlora.io.figures import COLORS, MARKERS, write_figure
@@ -57,6 +72,22 @@ def cells(records: Records, setting: str, arms: Iterable[Arm], split: str) -> li
     return found
 
 
+def local_table(records: Records) -> list[str]:
+    """Return what the clients of one federation reach each alone, on the whole test part."""
+    rows = []
+    for setting in TUNED:
+        for arm in LOCAL:
+            alone = [client_setting(setting, k) for k in range(COMMON["federation.num_clients"])]
+            runs = [run for run in records.runs.values() if run.setting in alone and run.arm == arm.name]
+            if runs:
+                values = [run.accuracy for run in runs]
+                spread = f"{min(values):.3f} to {max(values):.3f}"
+                rows.append((TITLES[setting], arm.about, f"{np.mean(values):.3f}", spread, f"{len(runs)}"))
+    return _table(
+        ("data", "training", "mean accuracy of the clients", "from the least to the best", "clients"), rows
+    )
+
+
 def methods_table(records: Records, setting: str) -> list[str]:
     """Return accuracy and bytes of every arm on the test part."""
     found = cells(records, setting, CORE, "test")
@@ -73,15 +104,28 @@ def methods_table(records: Records, setting: str) -> list[str]:
             _spread([run.accuracy for run in cell.runs.values()]),
             f"{cell.mean('best_accuracy'):.3f}",
             _difference(cell, reference),
-            f"{cell.mean('sent_values') / 1e6:,.0f} M",
-            f"{100 * (1 - cell.mean('sent_values') / cell.mean('full_model_values')):.2f} %",
-            f"{100 * (1 - cell.mean('sent_bytes') / cell.mean('full_model_bytes')):.2f} %",
-            f"{reached[0] / 1e6:,.0f}" if reached else "-",
-            f"{reached[1]:.0f}" if reached else "-",
+            *(("-",) * 5 if cell.arm.name.startswith("central") else _costs(cell, reached)),
             _seconds(cell),
             f"{len(cell.runs)}",
         ))  # fmt: skip
     return _table(head, rows)
+
+
+def _costs(cell: Cell, reached: tuple[float, float] | None) -> tuple[str, ...]:
+    return (
+        f"{cell.mean('sent_values') / 1e6:,.0f} M",
+        f"{100 * (1 - cell.mean('sent_values') / cell.mean('full_model_values')):.2f} %",
+        f"{100 * (1 - cell.mean('sent_bytes') / cell.mean('full_model_bytes')):.2f} %",
+        f"{reached[0] / 1e6:,.0f}" if reached else "-",
+        f"{reached[1]:.0f}" if reached else "-",
+    )
+
+
+def search_table(records: Records) -> list[str]:
+    """Return what was tried to find the step sizes, on the validation part."""
+    found = cells(records, FIRST, SEARCH, "validation")
+    rows = [(cell.arm.about, f"{cell.mean('loss'):.3f}", f"{cell.mean('accuracy'):.3f}") for cell in found]
+    return _table(("step sizes, rank 16 to 2", "loss", "accuracy"), rows)
 
 
 def tuning_table(records: Records) -> list[str]:
@@ -106,7 +150,7 @@ def tuning_table(records: Records) -> list[str]:
 
 def ablation_table(records: Records) -> list[str]:
     """Return what each change of one factor does, on the validation part."""
-    found = cells(records, TUNED[0], (ARMS["sa-adapter"], *ABLATIONS), "validation")
+    found = cells(records, FIRST, (ARMS["sa-adapter"], *ABLATIONS), "validation")
     reference = next((cell for cell in found if cell.arm.name == "sa-adapter"), None)
     rows = []
     for cell in found:
@@ -192,6 +236,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 TABLES: Mapping[str, Callable[[Records], list[str]]] = {
     **{f"methods-{name}": lambda records, name=name: methods_table(records, name) for name in TUNED},
+    "local": local_table,
+    "search": search_table,
     "tuning": tuning_table,
     "ablations": ablation_table,
     "factors": factor_table,
@@ -229,7 +275,7 @@ def draw_ranks(records: Records) -> Callable[[Figure], object]:
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        found = cells(records, TUNED[0], [ARMS[name] for name in names], "validation")
+        found = cells(records, FIRST, [ARMS[name] for name in names], "validation")
         ranks = [cell.arm.switches["lora.rank_max"] for cell in found]
         spread = [np.std([run.accuracy for run in cell.runs.values()]) for cell in found]
         axis.errorbar(
