@@ -7,15 +7,16 @@ made on `validation` (a tenth of the training data), and reported on `test`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Switches = Mapping[str, Any]
 
 SEEDS = (0, 1, 2)
-ADAPTER_RATES = (2e-3, 4e-3, 8e-3)
+ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3)
 FULL_RATES = (1.5e-4, 3e-4, 6e-4)
+SCALING, ADAPTER_HEAD, FULL_HEAD = 32.0, 8.0, 10.0  # found by the stage `search`
 ADAPTER_KEY, FULL_KEY = "training.learning_rate", "training.full_learning_rate"
 
 COMMON: Switches = {
@@ -100,7 +101,11 @@ class Arm:
 
 
 def _lora(rank: int) -> Switches:
-    return {"lora.rank_max": rank, "lora.alpha": 4.0 * rank}
+    return {
+        "lora.rank_max": rank,
+        "lora.alpha": SCALING * rank,
+        "training.head_rate_factor": ADAPTER_HEAD,
+    }
 
 
 ANNEALED: Switches = {
@@ -114,17 +119,23 @@ ANNEALED: Switches = {
     "annealing.heating_rounds": 2,
     "annealing.cut": "freeze",
 }
+PUBLISHED: Switches = {
+    "initiating.scope": "full",
+    "initiating.rounds": 1,
+    "training.full_learning_rate": 3e-4,
+}
 CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.local_steps": 32}
 FULL: Mapping[str, Any] = {"rates": FULL_RATES, "rate_key": FULL_KEY}
 
-FEDAVG: Switches = {"federation.method": "fedavg"}
+FEDAVG: Switches = {"federation.method": "fedavg", "training.head_rate_factor": FULL_HEAD}
+FEDPROX: Switches = {**FEDAVG, "federation.method": "fedprox"}
 FEDIT: Switches = {"federation.method": "fedit"}
 
 CORE: tuple[Arm, ...] = (
     Arm("central-full", "all data in one place, whole model", {**FEDAVG, **CENTRAL}, **FULL),
     Arm("central-lora", "all data in one place, rank 16", {**FEDIT, **_lora(16), **CENTRAL}),
     Arm("fedavg", "FedAvg, whole model", FEDAVG, **FULL),
-    Arm("fedprox", "FedProx, whole model", {"federation.method": "fedprox"}, **FULL, follows="fedavg"),
+    Arm("fedprox", "FedProx, whole model", FEDPROX, **FULL, follows="fedavg"),
     Arm("fedit-r16", "FedIT, rank 16", {**FEDIT, **_lora(16)}),
     Arm("fedit-r8", "FedIT, rank 8", {**FEDIT, **_lora(8)}, follows="fedit-r16"),
     Arm("fedit-r7", "FedIT, rank 7: SA-FedLoRA's bytes", {**FEDIT, **_lora(7)}),
@@ -134,23 +145,17 @@ CORE: tuple[Arm, ...] = (
     Arm("fedex-lora", "FedEx-LoRA, rank 16", {"federation.method": "fedex-lora", **_lora(16)}),
     Arm("flexlora", "FlexLoRA, rank 16", {"federation.method": "flexlora", **_lora(16)}),
     Arm("sa-published", "SA-FedLoRA as published: a `full` round, then `drop`", {
-        **ANNEALED, **_lora(16), "initiating.scope": "full", "initiating.rounds": 1, "annealing.cut": "drop",
+        **ANNEALED, **_lora(16), **PUBLISHED, "annealing.cut": "drop",
     }, follows="sa-full"),
     Arm("sa-full", "SA-FedLoRA, a `full` round first, `freeze`", {
-        **ANNEALED, **_lora(16), "initiating.scope": "full", "initiating.rounds": 1,
+        **ANNEALED, **_lora(16), **PUBLISHED,
     }),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
 )  # fmt: skip
 
 # What each client reaches alone.
 LOCAL: tuple[Arm, ...] = (
-    Arm(
-        "local-full",
-        "each client alone, whole model",
-        {"federation.method": "fedavg"},
-        **FULL,
-        follows="fedavg",
-    ),
+    Arm("local-full", "each client alone, whole model", FEDAVG, **FULL, follows="fedavg"),
     Arm(
         "local-lora",
         "a client alone, rank 16",
@@ -162,23 +167,31 @@ LOCAL: tuple[Arm, ...] = (
 # How the step sizes of A, B and the head were found, at rank 16. Under Adam a step moves s B A by about
 # s times the learning rate through B and by the learning rate through A, so the scaling s sets their ratio
 # (what LoRA+, arXiv 2402.12354, does with two learning rates); the head has a factor of its own.
-SEARCHED: tuple[tuple[float, float, float], ...] = (  # scaling, learning rate, factor of the head
-    (2, 4e-3, 1),
-    (4, 4e-3, 1),
-    (8, 2e-3, 4),
-    (16, 1e-3, 4),
-    (16, 5e-4, 8),
-    (32, 5e-4, 8),
-    (64, 2.5e-4, 16),
+SEARCHED: tuple[tuple[float, float, float, int], ...] = (  # scaling, rate, factor of the head, warm-up rounds
+    (2, 4e-3, 1, 0),
+    (4, 4e-3, 1, 0),
+    (8, 1e-3, 4, 0),
+    (8, 2e-3, 4, 0),
+    (8, 2e-3, 4, 10),
+    (16, 5e-4, 8, 0),
+    (16, 1e-3, 4, 0),
+    (16, 1e-3, 4, 8),
+    (32, 5e-4, 8, 0),
 )
 SEARCH: tuple[Arm, ...] = tuple(
     Arm(
-        f"search-s{scaling:g}-h{head:g}-{rate:g}",
-        f"scaling {scaling:g}, learning rate {rate:g}, head {head:g} times that",
-        {**ANNEALED, "lora.rank_max": 16, "lora.alpha": 16.0 * scaling, "training.head_rate_factor": head},
+        f"search-s{scaling:g}-h{head:g}-w{warmup}-{rate:g}",
+        f"scaling {scaling:g}, learning rate {rate:g}, head {head:g} times that, {warmup} rounds of warm-up",
+        {
+            **ANNEALED,
+            "lora.rank_max": 16,
+            "lora.alpha": 16.0 * scaling,
+            "training.head_rate_factor": head,
+            "training.warmup_rounds": warmup,
+        },
         (rate,),
     )
-    for scaling, rate, head in SEARCHED
+    for scaling, rate, head, warmup in SEARCHED
 )
 
 # One factor at a time from `sa-adapter`, at its learning rate.
@@ -219,6 +232,13 @@ FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the se
     ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
     ("fedavg", "fedit-r7", "sa-adapter"),
 )
+
+
+def arms_of(setting: str) -> Iterable[Arm]:
+    """Return the arms that are run in a setting."""
+    if setting in TUNED:
+        return (*CORE, *(SEARCH + ABLATIONS if setting == FIRST else ()))
+    return [ARMS[name] for name in FACTORS[setting]] if setting in FACTORS else LOCAL
 
 
 @dataclass(frozen=True)

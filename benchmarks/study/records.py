@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from design import ADAPTER_KEY, ARMS, SETTINGS, Trial, source_of_rate, tuning
+from design import ADAPTER_KEY, ARMS, SETTINGS, Trial, arms_of, source_of_rate, tuning
 
 from mpifedlora.core.config import RunConfig
 from mpifedlora.io.results import Results
@@ -93,11 +94,14 @@ class Records:
 
     def __init__(self, folder: Path = RESULTS) -> None:
         self._folder = folder
+        self._read()
+
+    def _read(self) -> None:
         self.runs: dict[Trial, Record] = {}
         self.curves: dict[Trial, list[Point]] = {}
-        for record in _read(folder / "runs.csv", Record):
+        for record in _read(self._folder / "runs.csv", Record):
             self.runs[record.trial] = record
-        for point in _read(folder / "curves.csv", Point):
+        for point in _read(self._folder / "curves.csv", Point):
             self.curves.setdefault(_trial(point), []).append(point)
 
     def has(self, trial: Trial) -> bool:
@@ -105,12 +109,15 @@ class Records:
         return trial in self.runs and self.runs[trial].digest == digest_of(trial)
 
     def add(self, record: Record, points: list[Point]) -> None:
-        """Add a run, in the place of an older one, and write everything."""
-        self.runs[record.trial], self.curves[record.trial] = record, points
+        """Add a run, in the place of an older one, and write all; another process may do so as well."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        trials = sorted(self.runs, key=astuple)
-        _write(self._folder / "runs.csv", Record, (self.runs[trial] for trial in trials))
-        _write(self._folder / "curves.csv", Point, (p for trial in trials for p in self.curves[trial]))
+        with (self._folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._read()
+            self.runs[record.trial], self.curves[record.trial] = record, points
+            trials = sorted(self.runs, key=astuple)
+            _write(self._folder / "runs.csv", Record, (self.runs[trial] for trial in trials))
+            _write(self._folder / "curves.csv", Point, (p for trial in trials for p in self.curves[trial]))
 
 
 def chosen_rates(records: Records) -> dict[tuple[str, str], float]:
@@ -149,12 +156,12 @@ def trial_of(results: Results) -> Trial | None:
     """Return the trial that a run was, by its configuration; None if it was none of the design."""
     config = RunConfig.model_validate_json(results.info.config)
     digest = config_digest(config)[:16]
-    for setting in SETTINGS:
-        for arm in ARMS.values():
+    for setting, switches in SETTINGS.items():
+        for arm in arms_of(setting) if switches["data.source"] == config.data.source else ():
             section = config.training
             rate = section.learning_rate if arm.rate_key == ADAPTER_KEY else section.full_learning_rate
             trial = Trial(setting, arm.name, rate, config.federation.seed, config.evaluation.split)
-            if digest_of(trial) == digest:
+            if (arm.follows or rate in arm.rates) and digest_of(trial) == digest:
                 return trial
     return None
 

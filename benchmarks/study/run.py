@@ -26,19 +26,14 @@ from pathlib import Path
 
 import click
 from design import (
-    ABLATIONS,
     ARMS,
-    CORE,
-    FACTORS,
-    FIRST,
-    LOCAL,
     LOCAL_SEED,
-    SEARCH,
     SETTINGS,
     TUNED,
     Rates,
     Trial,
     ablations,
+    arms_of,
     client_file,
     core,
     factors,
@@ -72,18 +67,10 @@ def trials_of(stage: str, rates: Rates) -> list[Trial]:
 def write_run_files(rates: Rates) -> None:
     """Write the run file of every arm in every setting that it is run in, at seed 0 and on the test part."""
     for setting in SETTINGS:
-        for name in _arms_of(setting):
-            trial = Trial(setting, name, rates[setting, name], 0, "test")
-            head = f"{ARMS[name].about}, on {setting}. Written by benchmarks/study/run.py from design.py."
-            write_run_file(RUN_FILES / setting / f"{name}.toml", tables_of(trial), head)
-
-
-def _arms_of(setting: str) -> Iterable[str]:
-    if setting in FACTORS:
-        return FACTORS[setting]
-    if setting in TUNED:
-        return [arm.name for arm in (*CORE, *(SEARCH + ABLATIONS if setting == FIRST else ()))]
-    return [arm.name for arm in LOCAL]
+        for arm in arms_of(setting):
+            trial = Trial(setting, arm.name, rates[setting, arm.name], 0, "test")
+            head = f"{arm.about}, on {setting}. Written by benchmarks/study/run.py from design.py."
+            write_run_file(RUN_FILES / setting / f"{arm.name}.toml", tables_of(trial), head)
 
 
 def write_client_files(setting: str) -> None:
