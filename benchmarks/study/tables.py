@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import numpy as np
+import scale
 from design import (
     ABLATIONS,
     ARMS,
@@ -33,7 +34,8 @@ from design import (
     client_setting,
     tuning,
 )
-from records import Point, Record, Records, chosen_rates
+from records import RESULTS, Point, Record, Records, chosen_rates
+from scale_costs import read_rows
 
 from mpifedlora.io.figures import COLORS, MARKERS, write_figure
 
@@ -190,6 +192,14 @@ def factor_table(records: Records) -> list[str]:
     return _table(("setting", "method", "accuracy", "minus FedAvg, by seed", "fewer bytes", "seeds"), rows)
 
 
+def scale_section(records: Records) -> list[str]:
+    """Return what large models would cost on paper, from the results of `scale.py`."""
+    rows = read_rows(scale.Row, RESULTS / "scale.csv")
+    svds = read_rows(scale.SvdRow, RESULTS / "scale_svd.csv")
+    lines = scale.section(rows, svds, results="../benchmarks/study/results").splitlines()
+    return lines[2:-1]  # without its title and its figure, which stand in the page
+
+
 def _bold(text: str, is_bold: bool) -> str:
     return f"**{text}**" if is_bold else text
 
@@ -241,6 +251,7 @@ TABLES: Mapping[str, Callable[[Records], list[str]]] = {
     "tuning": tuning_table,
     "ablations": ablation_table,
     "factors": factor_table,
+    "scale": scale_section,
 }
 
 
@@ -310,6 +321,8 @@ def main(check: bool) -> None:
     if not check:
         write_figure(FIGURES / "study-curves.png", draw_curves(records), (12, 5))
         write_figure(FIGURES / "study-ranks.png", draw_ranks(records), (7, 4.5))
+        rows = read_rows(scale.Row, RESULTS / "scale.csv")
+        write_figure(FIGURES / "study-scale.png", lambda figure: scale.draw(rows, figure), (12, 5.5))
     for name in differing:
         click.echo(f"{name}: {'differs from' if check else 'written from'} benchmarks/study/results")
     sys.exit(1 if check and differing else 0)
