@@ -113,6 +113,30 @@ def methods_table(records: Records, setting: str) -> list[str]:
     return _table(head, rows)
 
 
+SUMMARY = ("fedavg", "fedit-r16", "fedit-r7", "sa-published", "sa-full", "sa-adapter")
+
+
+def summary_table(records: Records) -> list[str]:
+    """Return accuracy and bytes of the main arms on both data sets, for the README."""
+    found = {name: cells(records, name, [ARMS[arm] for arm in SUMMARY], "test") for name in TUNED}
+    rows = []
+    for arm in SUMMARY:
+        here = {name: cell for name in TUNED for cell in found[name] if cell.arm.name == arm}
+        if here:
+            sent = next(iter(here.values()))
+            accuracies = [_with_seeds(here[name]) if name in here else "-" for name in TUNED]
+            less = 100 * (1 - sent.mean("sent_bytes") / sent.mean("full_model_bytes"))
+            rows.append(
+                (ARMS[arm].about, *accuracies, f"{sent.mean('sent_bytes') / 1e6:,.0f} MB", f"{less:.2f} %")
+            )
+    return _table(("method", *(TITLES[name] for name in TUNED), "sent", "less than FedAvg"), rows)
+
+
+def _with_seeds(cell: Cell) -> str:
+    runs = cell.runs.values()
+    return f"{_spread([run.accuracy for run in runs])} ({', '.join(f'{run.accuracy:.3f}' for run in runs)})"
+
+
 def _costs(cell: Cell, reached: tuple[float, float] | None) -> tuple[str, ...]:
     return (
         f"{cell.mean('sent_values') / 1e6:,.0f} M",
@@ -246,6 +270,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 TABLES: Mapping[str, Callable[[Records], list[str]]] = {
     **{f"methods-{name}": lambda records, name=name: methods_table(records, name) for name in TUNED},
+    "summary": summary_table,
     "local": local_table,
     "search": search_table,
     "tuning": tuning_table,
