@@ -14,8 +14,8 @@ from typing import Any
 Switches = Mapping[str, Any]
 
 SEEDS = (0, 1, 2)
-ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3)
-FULL_RATES = (1.5e-4, 3e-4, 6e-4)
+ADAPTER_RATES = (5e-4, 1e-3, 2e-3)
+FULL_RATES = (3e-4, 6e-4, 1.2e-3)
 SCALING, ADAPTER_HEAD, FULL_HEAD = 32.0, 8.0, 10.0  # found by the stage `search`
 ADAPTER_KEY, FULL_KEY = "training.learning_rate", "training.full_learning_rate"
 
