@@ -66,11 +66,16 @@ def trials_of(stage: str, rates: Rates) -> list[Trial]:
 
 def write_run_files(rates: Rates) -> None:
     """Write the run file of every arm in every setting that it is run in, at seed 0 and on the test part."""
+    stale = set(RUN_FILES.rglob("*.toml"))
     for setting in SETTINGS:
         for arm in arms_of(setting):
             trial = Trial(setting, arm.name, rates[setting, arm.name], 0, "test")
             head = f"{arm.about}, on {setting}. Written by benchmarks/study/run.py from design.py."
-            write_run_file(RUN_FILES / setting / f"{arm.name}.toml", tables_of(trial), head)
+            file = RUN_FILES / setting / f"{arm.name}.toml"
+            write_run_file(file, tables_of(trial), head)
+            stale.discard(file)
+    for file in stale:
+        file.unlink()
 
 
 def write_client_files(setting: str) -> None:
