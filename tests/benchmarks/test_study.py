@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import run as study
 import tables
-from design import ARMS, CORE, SEEDS, Trial, ablations, core, factors, tuning
+from design import ARMS, CORE, SEEDS, Trial, ablations, core, factors, local, search, tuning
 from records import Point, Record, Records, chosen_rates, digest_of, tables_of
 
 from mpifedlora.io.run_file import read_run_file, resolve_run
@@ -91,8 +91,9 @@ def test_a_run_file_with_its_overrides_is_the_trial() -> None:
 
 def test_every_trial_can_be_run() -> None:
     rates = chosen_rates(Records())
-    trials = {*tuning(), *core(rates), *factors(rates), *ablations(rates)}
-    assert len({digest_of(trial) for trial in trials}) == len(trials)
+    reported = [*core(rates), *local(rates), *factors(rates)]
+    assert len({digest_of(trial) for trial in reported}) == len(reported)
+    assert all(map(digest_of, {*search(), *tuning(), *ablations(rates)}))
 
 
 def test_the_learning_rate_with_the_least_validation_loss_is_chosen(tmp_path: Path) -> None:
