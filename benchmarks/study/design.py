@@ -110,7 +110,7 @@ def _lora(rank: int) -> Switches:
 
 ANNEALED: Switches = {
     "federation.method": "sa-fedlora",
-    **_lora(11),
+    **_lora(12),
     "lora.rank_min": 2,
     "initiating.rounds": 2,
     "initiating.scope": "adapter",
@@ -137,8 +137,7 @@ CORE: tuple[Arm, ...] = (
     Arm("fedavg", "FedAvg, whole model", FEDAVG, **FULL),
     Arm("fedprox", "FedProx, whole model", FEDPROX, **FULL, follows="fedavg"),
     Arm("fedit-r16", "FedIT, rank 16", {**FEDIT, **_lora(16)}),
-    Arm("fedit-r8", "FedIT, rank 8", {**FEDIT, **_lora(8)}, follows="fedit-r16"),
-    Arm("fedit-r7", "FedIT, rank 7: SA-FedLoRA's bytes", {**FEDIT, **_lora(7)}),
+    Arm("fedit-r8", "FedIT, rank 8: the bytes of SA-FedLoRA", {**FEDIT, **_lora(8)}),
     Arm("fedit-r2", "FedIT, rank 2", {**FEDIT, **_lora(2)}, follows="fedit-r16"),
     Arm("ffa-lora", "FFA-LoRA, rank 16", {"federation.method": "ffa-lora", **_lora(16)}),
     Arm("flora", "FLoRA, rank 16", {"federation.method": "flora", **_lora(16)}),
@@ -223,14 +222,14 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         ("int8-wire", "int8 both ways", {
             "transport.uplink_dtype": "int8", "transport.downlink_dtype": "int8",
         }),
-        *((f"r{rank}", f"rank_max {rank}", _lora(rank)) for rank in (4, 6, 8, 16)),
+        *((f"r{rank}", f"rank_max {rank}", _lora(rank)) for rank in (4, 8, 11, 16)),
     )
 )  # fmt: skip
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *LOCAL, *SEARCH, *ABLATIONS)}
 FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the settings beside the core's
     ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
-    ("fedavg", "fedit-r7", "sa-adapter"),
+    ("fedavg", "fedit-r8", "sa-adapter"),
 )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from design import ADAPTER_KEY, ARMS, SETTINGS, Trial, arms_of, source_of_rate, tuning
+from design import ADAPTER_KEY, ARMS, FIRST, SETTINGS, Trial, arms_of, source_of_rate, tuning
 
 from mpifedlora.core.config import RunConfig
 from mpifedlora.io.results import Results
@@ -123,19 +123,20 @@ class Records:
 def chosen_rates(records: Records) -> dict[tuple[str, str], float]:
     """Return the learning rate of each arm in each setting: the best on the validation part, by loss.
 
-    Where nothing was tuned, it is the middle of the arm's grid.
+    Where nothing was tuned it is that of the first setting, or else the middle of the arm's grid.
     """
     return {(setting, arm): _chosen(records, setting, arm) for setting in SETTINGS for arm in ARMS}
 
 
 def _chosen(records: Records, setting: str, arm: str) -> float:
     setting, arm = source_of_rate(setting, arm)
-    tried = [
-        trial for trial in tuning() if (trial.setting, trial.arm) == (setting, arm) and records.has(trial)
-    ]
-    if not tried:
-        return ARMS[arm].rates[len(ARMS[arm].rates) // 2]
-    return min(tried, key=lambda trial: records.runs[trial].loss).rate
+    for place in (setting, FIRST):
+        tried = [
+            trial for trial in tuning() if (trial.setting, trial.arm) == (place, arm) and records.has(trial)
+        ]
+        if tried:
+            return min(tried, key=lambda trial: records.runs[trial].loss).rate
+    return ARMS[arm].rates[len(ARMS[arm].rates) // 2]
 
 
 def tables_of(trial: Trial) -> dict[str, dict[str, object]]:

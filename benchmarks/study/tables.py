@@ -113,7 +113,7 @@ def methods_table(records: Records, setting: str) -> list[str]:
     return _table(head, rows)
 
 
-SUMMARY = ("fedavg", "fedit-r16", "fedit-r7", "sa-published", "sa-full", "sa-adapter")
+SUMMARY = ("fedavg", "fedit-r16", "fedit-r8", "sa-published", "sa-full", "sa-adapter")
 
 
 def summary_table(records: Records) -> list[str]:
@@ -287,7 +287,7 @@ def rebuilt(text: str, records: Records) -> str:
 
 def draw_curves(records: Records) -> Callable[[Figure], object]:
     """Return what draws accuracy against bytes, a panel for each data set."""
-    names = ("fedavg", "fedit-r16", "fedit-r7", "sa-full", "sa-adapter")
+    names = ("fedavg", "fedit-r16", "fedit-r8", "sa-full", "sa-adapter")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(TUNED), squeeze=False)[0]
@@ -307,7 +307,7 @@ def draw_curves(records: Records) -> Callable[[Figure], object]:
 
 def draw_ranks(records: Records) -> Callable[[Figure], object]:
     """Return what draws held-out accuracy against the largest rank."""
-    names = ("sa-adapter+r4", "sa-adapter+r6", "sa-adapter+r8", "sa-adapter", "sa-adapter+r16")
+    names = ("sa-adapter+r4", "sa-adapter+r8", "sa-adapter+r11", "sa-adapter", "sa-adapter+r16")
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
