@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import math
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
-from compare_methods import assignments, run_once
 
+from mpifedlora.errors import CheckpointError
 from mpifedlora.io.compare import write_csv
-from mpifedlora.io.results import Results
+from mpifedlora.io.results import Results, read_results
 
 Row = Mapping[str, object]
 
@@ -62,6 +64,39 @@ WIRES = (
     Wire("fedit", "int8", "int8"),
     Wire("fedit", "int8", "int8", has_feedback=True),
 )
+
+
+def run_once(folder: Path, run_file: str, settings: Sequence[str], launcher: Sequence[str] = ()) -> Results:
+    """Run into a folder, with the log beside it, unless a finished run lies there.
+
+    Args:
+        folder: of the run; what an unfinished run has left in it is overwritten.
+        run_file: TOML file.
+        settings: each `section.key=value`.
+        launcher: words before the command, such as those of mpirun; none for one process.
+    """
+    done = _finished(folder)
+    if done:
+        return done
+    command = [*launcher, sys.executable, "-m", "mpifedlora", "run", run_file]
+    command += ["--out", str(folder), "--overwrite"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    with Path(f"{folder}.log").open("w") as stream:
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+    return read_results(folder / "results.h5")
+
+
+def assignments(values: Mapping[str, str]) -> list[str]:
+    """Return `section.key=value` for each key."""
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _finished(folder: Path) -> Results | None:
+    try:
+        results = read_results(folder / "results.h5")
+    except CheckpointError:
+        return None
+    return results if results.status == "finished" else None
 
 
 def _row(wire: Wire, seed: int, results: Results) -> dict[str, object]:
