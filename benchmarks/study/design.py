@@ -14,7 +14,7 @@ from typing import Any
 Switches = Mapping[str, Any]
 
 SEEDS = (0, 1, 2)
-ADAPTER_RATES = (5e-4, 1e-3, 2e-3)
+ADAPTER_RATES = (2.5e-4, 5e-4, 1e-3)
 FULL_RATES = (3e-4, 6e-4, 1.2e-3)
 SCALING, ADAPTER_HEAD, FULL_HEAD = 32.0, 8.0, 10.0  # found by the stage `search`
 ADAPTER_KEY, FULL_KEY = "training.learning_rate", "training.full_learning_rate"
@@ -145,10 +145,10 @@ CORE: tuple[Arm, ...] = (
     Arm("flexlora", "FlexLoRA, rank 16", {"federation.method": "flexlora", **_lora(16)}),
     Arm("sa-published", "SA-FedLoRA as published: a `full` round, then `drop`", {
         **ANNEALED, **_lora(16), **PUBLISHED, "annealing.cut": "drop",
-    }, follows="sa-full"),
+    }, follows="sa-adapter"),
     Arm("sa-full", "SA-FedLoRA, a `full` round first, `freeze`", {
         **ANNEALED, **_lora(16), **PUBLISHED,
-    }),
+    }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
 )  # fmt: skip
 
