@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpifedlora.core.agreement import Bytes
+
 UNIT_BYTES = 64
 """What crosses the transport is a whole number of these: MPI counts them, and so reaches 128 GiB.
 
@@ -35,3 +37,14 @@ def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> T
     memory = np.empty(size + UNIT_BYTES, np.uint8)
     first = -memory.ctypes.data % UNIT_BYTES
     return torch.from_numpy(memory[first : first + size])
+
+
+def as_bytes(tensor: Tensor) -> Bytes:
+    """See a flat tensor as bytes; numpy has no bfloat16, but any tensor has a one-byte view.
+
+    On a GPU it is the view itself, whose address MPI is given. With cold caches this takes longer than a
+    small message: what crosses every round is seen so once.
+    """
+    view = tensor.reshape(-1).view(torch.uint8)
+    flat: Bytes = view if view.is_cuda else view.numpy()  # type: ignore[assignment]
+    return flat

@@ -16,10 +16,10 @@ from mpifedlora.core.layout import AdapterLayout, ModelShapes
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.wire import WireFormat
 
-LARGEST_PART_BYTES, LEAST_PART_BYTES = 2**21, 2**19
+LARGEST_PART_BYTES, LEAST_PART_BYTES = 3 * 2**20, 2**19
 IN_FLIGHT = 2
 """Parts that the server takes in at a time: more of them leave the cache. See benchmarks/README.md."""
-_CACHE_BYTES = 2**23
+_CACHE_BYTES = 2**24
 _LEAST_ROW_BYTES = 2**23
 
 
@@ -84,7 +84,7 @@ def parts_of(
         shapes: of the model.
         wire: dtypes.
         part_bytes: of one row in a part; a larger piece is a part of its own. By default what the cache
-            holds of all rows, 512 KiB to 2 MiB, and at least the largest module.
+            holds of all rows, 512 KiB to 3 MiB, and at least the largest module.
     """
     row = plan.shared_layout(shapes)
     sizes = piece_bytes(wire.uplink, row)

@@ -5,7 +5,10 @@ A downlink is a plan and then one flat buffer, whose layout follows from the pla
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +27,7 @@ ABSENT = -1
 _UNLIMITED = 2**31 - 1
 _SCOPES = ("adapter", "full", "a", "b")
 _PARTS: tuple[Parts, ...] = ("", "a", "b", "ab")
+_CODES = {"<i4": "i", "<u4": "I", "<i8": "q", "<f8": "d"}
 _FLAGS = (
     "sends_base",
     "sends_state",
@@ -44,10 +48,18 @@ def header_record(**fields: str) -> np.dtype[np.void]:
     return record
 
 
-def fields_of(record: np.void) -> dict[str, Any]:
-    """Return a record's fields as Python's own numbers; one by one they take several times as long."""
-    assert record.dtype.names is not None
-    return dict(zip(record.dtype.names, record.item(), strict=True))
+def packer_of(record: np.dtype[np.void]) -> struct.Struct:
+    """Return what packs and unpacks a record's numbers; numpy takes several times as long.
+
+    >>> packer_of(header_record(mu="<f8", round_num="<i4")).format
+    '<ixxxxdi'
+    """
+    assert record.fields is not None
+    form, end = "<", 0
+    for dtype, offset, *_ in record.fields.values():
+        form += "x" * (offset - end) + _CODES[dtype.str]
+        end = offset + dtype.itemsize
+    return struct.Struct(form)
 
 
 PLAN_HEADER = header_record(
@@ -61,7 +73,7 @@ PLAN_HEADER = header_record(
     mu="<f8",
     temperature="<f8",
 )
-
+_FIELDS, _PACKER = PLAN_HEADER.names or (), packer_of(PLAN_HEADER)
 
 _NOTHING = AdapterLayout((), ())
 
@@ -218,21 +230,25 @@ class RoundPlan:
 
     def pack(self) -> Bytes:
         """Write the plan as plan_bytes(num_modules, num_clients) bytes."""
-        header = np.zeros((), PLAN_HEADER)
-        header["magic"], header["round_num"] = MAGIC, self.round_num
-        header["stage"], header["scope"] = STAGES.index(self.stage), _SCOPES.index(self.scope)
-        header["sends_parts"] = _PARTS.index(self.sends_parts)
-        header["flags"] = sum(getattr(self, name) << bit for bit, name in enumerate(_FLAGS))
-        header["num_modules"] = len(self.lora_ranks)
-        header["learning_rate"], header["mu"] = self.learning_rate, self.mu
-        header["temperature"] = self.temperature
+        header = _PACKER.pack(
+            MAGIC,
+            self.round_num,
+            STAGES.index(self.stage),
+            _SCOPES.index(self.scope),
+            _PARTS.index(self.sends_parts),
+            sum(getattr(self, name) << bit for bit, name in enumerate(_FLAGS)),
+            len(self.lora_ranks),
+            self.learning_rate,
+            self.mu,
+            self.temperature,
+        )
         num_clients = len(self.workers)
         limits = self.client_ranks or (_UNLIMITED,) * num_clients
         versions = self.state_rounds or (ABSENT,) * num_clients
         mapped = self.mapped_ranks or (0,) * len(self.lora_ranks)
-        by_module = [*self.lora_ranks, *self.frozen_ranks, *mapped]
-        tail = np.array([*by_module, *self.workers, *limits, *versions], "<i4")
-        return np.frombuffer(header.tobytes() + tail.tobytes(), np.uint8).copy()
+        tail = (*self.lora_ranks, *self.frozen_ranks, *mapped, *self.workers, *limits, *versions)
+        packed = header.ljust(HEADER_BYTES, b"\0") + struct.pack(f"<{len(tail)}i", *tail)
+        return np.frombuffer(bytearray(packed), np.uint8)
 
     @staticmethod
     def unpack(data: Bytes, num_modules: int) -> RoundPlan:
@@ -241,16 +257,14 @@ class RoundPlan:
         Raises:
             ProtocolError: if the bytes are not a plan for num_modules modules.
         """
-        header = fields_of(data[:HEADER_BYTES].view(PLAN_HEADER)[0])
+        header = dict(zip(_FIELDS, _PACKER.unpack_from(data.data), strict=True))
         if header["magic"] != MAGIC or header["num_modules"] != num_modules:
             raise ProtocolError(
                 f"a plan must be for {num_modules} modules, got {header['num_modules']} (worker); "
                 "start all processes from one run file and one package version"
             )
-        tail = data[HEADER_BYTES:].view("<i4")
-        by_module, by_client = tail[: 3 * num_modules].reshape(3, -1), tail[3 * num_modules :].reshape(3, -1)
-        lora_ranks, frozen_ranks, mapped = (tuple(row) for row in by_module.tolist())
-        workers, limits, versions = (tuple(row) for row in by_client.tolist())
+        lists = _read_lists(data[HEADER_BYTES:].tobytes(), num_modules)
+        lora_ranks, frozen_ranks, mapped_ranks, workers, client_ranks, state_rounds = lists
         flags = {name: bool(header["flags"] >> bit & 1) for bit, name in enumerate(_FLAGS)}
         return RoundPlan(
             round_num=header["round_num"],
@@ -259,15 +273,32 @@ class RoundPlan:
             lora_ranks=lora_ranks,
             frozen_ranks=frozen_ranks,
             workers=workers,
-            mapped_ranks=mapped if any(mapped) else (),
-            client_ranks=() if set(limits) == {_UNLIMITED} else limits,
-            state_rounds=() if set(versions) == {ABSENT} else versions,
+            mapped_ranks=mapped_ranks,
+            client_ranks=client_ranks,
+            state_rounds=state_rounds,
             sends_parts=_PARTS[header["sends_parts"]],
             learning_rate=header["learning_rate"],
             mu=header["mu"],
             temperature=header["temperature"],
             **flags,
         )
+
+
+@lru_cache(maxsize=2)
+def _read_lists(tail: bytes, num_modules: int) -> tuple[tuple[int, ...], ...]:
+    # A long plan is mostly these, and from round to round they are often the same.
+    values = struct.unpack(f"<{len(tail) // 4}i", tail)
+    numbers, num_clients = iter(values), len(values) // 3 - num_modules
+    lora_ranks, frozen_ranks, mapped = (tuple(islice(numbers, num_modules)) for _ in range(3))
+    workers, limits, versions = (tuple(islice(numbers, num_clients)) for _ in range(3))
+    return (
+        lora_ranks,
+        frozen_ranks,
+        mapped if any(mapped) else (),
+        workers,
+        () if set(limits) == {_UNLIMITED} else limits,
+        () if set(versions) == {ABSENT} else versions,
+    )
 
 
 def plan_bytes(num_modules: int, num_clients: int) -> int:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.agreement import Bytes
-from mpifedlora.core.buffers import byte_buffer, padded
+from mpifedlora.core.buffers import as_bytes, byte_buffer, padded
 from mpifedlora.core.codec import decode, draw_uniform, encode, num_bytes
 from mpifedlora.core.layout import AdapterLayout, ModelShapes, copy_common
-from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, fields_of, header_record
+from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, header_record, packer_of
 from mpifedlora.core.seeding import numpy_generator
 from mpifedlora.errors import ProtocolError
 
@@ -42,7 +42,7 @@ UPDATE_HEADER = header_record(
     penalty="<f8",
     train_s="<f8",
 )
-_FIELDS = UPDATE_HEADER.names or ()
+_FIELDS, _PACKER = UPDATE_HEADER.names or (), packer_of(UPDATE_HEADER)
 _COUNTS = ("client_id", "num_examples", "num_steps", "staleness")
 _COPIED = (*_COUNTS, "train_loss", "penalty", "train_s", "is_finite")
 
@@ -185,14 +185,14 @@ class UpdateHeader:
             "num_bytes": rows.sizes[index],
             "fault": _FAULTS.index(self.fault),
         }
-        rows.headers[index].view(UPDATE_HEADER)[0] = tuple(map(written.__getitem__, _FIELDS))
+        _PACKER.pack_into(rows.headers[index], 0, *map(written.__getitem__, _FIELDS))
 
     @staticmethod
-    def read(record: np.void, plan: RoundPlan, client_id: int, size: int) -> UpdateHeader:
+    def read(record: Bytes, plan: RoundPlan, client_id: int, size: int) -> UpdateHeader:
         """Read a header.
 
         Args:
-            record: an UPDATE_HEADER.
+            record: (HEADER_BYTES,), an UPDATE_HEADER.
             plan: of the round.
             client_id: whose header it must be.
             size: bytes that its values must have.
@@ -202,7 +202,7 @@ class UpdateHeader:
         """
         names = ("magic", "round_num", "client_id", "ranks_digest", "num_bytes")
         expected = (MAGIC, plan.round_num, client_id, ranks_digest(plan.lora_ranks), size)
-        fields = fields_of(record)
+        fields = dict(zip(_FIELDS, _PACKER.unpack_from(record.data), strict=True))
         got = tuple(fields[name] for name in names)
         if got != expected:
             ranks = " of other ranks" if got[3] != expected[3] else ""
@@ -242,6 +242,7 @@ class UpdateRows:
         self.total = torch.empty(0)
         self._starts = [0, *itertools.accumulate(self._strides())]
         self.buffer = byte_buffer(self._room(), device=device, is_pinned=is_pinned).zero_()
+        self.bytes = as_bytes(self.buffer)
         self._copies: list[tuple[int, torch.cuda.Event]] = []  # under way: first byte, and when it is done
 
     def _strides(self) -> list[int]:
@@ -338,8 +339,7 @@ def read_headers(
     Raises:
         ProtocolError: if one is not the answer of the client that it should be of.
     """
-    records = headers.view(UPDATE_HEADER).reshape(-1)
     return [
         UpdateHeader.read(record, plan, client_id, size)
-        for record, client_id, size in zip(records, clients, sizes, strict=True)
+        for record, client_id, size in zip(headers, clients, sizes, strict=True)
     ]

@@ -234,3 +234,19 @@ def test_committed_results_are_whole(file):
     assert not content["environment"]["quick"], "quick runs are no measurement"
     assert set(content["bounds"]) <= set(content["ratios"])
     assert all(set(sample) >= {"label", "value"} for sample in content["samples"])
+
+
+@pytest.mark.parametrize(
+    ("script", "compared"), [("bench_round", "round / bare"), ("bench_transport", "broadcast + collect / ")]
+)
+def test_a_benchmark_over_mpi_runs_to_its_end(tmp_path, script, compared):
+    path = tmp_path / f"{script}.json"
+    command = [ROOT / "benchmarks/run.sh", f"{script}.py", "2", "--quick", "--json", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode in (0, 1), done.stderr  # 1 where a bound is broken: this machine does other things
+    content = json.loads(path.read_text()) if path.exists() else pytest.fail(done.stderr)
+    assert content["environment"]["quick"]
+    assert any(label.startswith(compared) for label in content["ratios"])
+    assert all(ratio > 0 for ratio in content["ratios"].values())
+    assert {sample["label"] for sample in content["samples"]} >= {"package_s", "bare_s"}
+    assert path.with_suffix(".png").stat().st_size

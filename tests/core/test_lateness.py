@@ -169,4 +169,4 @@ def test_sums_on_the_way_count_alike():
         header(index, staleness).write(rows, index, plan)
         rows.close(index, 10 * staleness_weight(staleness, 1.0))
     assert rows.total.tolist() == [10 * 4 + 5 * 9] * 5
-    assert UpdateHeader.read(rows.header(1), plan, 1, 20) == header(1, 1)
+    assert UpdateHeader.read(rows.headers[1], plan, 1, 20) == header(1, 1)

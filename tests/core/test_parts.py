@@ -228,11 +228,13 @@ def test_modules_without_a_rank_are_one_part() -> None:
 
 # Sizes.
 
+MOST = 3 * 2**20
+
 
 @pytest.mark.parametrize(
     ("num_clients", "part_bytes"),
-    # 8 MiB for two parts of all rows, but 512 KiB to 2 MiB.
-    [(0, 2**21), (1, 2**21), (2, 2**21), (4, 2**20), (5, 2**23 // 10), (16, 2**19), (64, 2**19)],
+    # 16 MiB for two parts of all rows, but 512 KiB to 3 MiB.
+    [(0, MOST), (1, MOST), (2, MOST), (4, 2**21), (5, 2**24 // 10), (16, 2**19), (64, 2**19)],
 )
 def test_by_default_parts_of_all_rows_fit_into_the_cache(num_clients: int, part_bytes: int) -> None:
     # Pieces of 4 KiB, in a row of 8 MiB.

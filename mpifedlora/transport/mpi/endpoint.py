@@ -22,7 +22,6 @@ from mpifedlora.transport.mpi.watch import Watch
 # What needs torch is loaded when the set-up has been checked: a mistake is told in a second, not ten.
 if TYPE_CHECKING:
     from mpi4py import MPI
-    from torch import Tensor
 
     from mpifedlora.core.layout import ModelShapes
     from mpifedlora.core.parts import Part
@@ -181,15 +180,3 @@ def pieces_of(buffer: npt.NDArray[np.generic]) -> Iterator[npt.NDArray[np.generi
     """Cut a flat array into pieces that one MPI count can hold."""
     for start in range(0, len(buffer), LARGEST_COUNT):
         yield buffer[start : start + LARGEST_COUNT]
-
-
-def as_bytes(tensor: Tensor) -> Bytes:
-    """See a flat tensor as bytes; numpy has no bfloat16, but any tensor has a one-byte view.
-
-    On a GPU it is the view itself, whose address MPI is given.
-    """
-    import torch
-
-    view = tensor.reshape(-1).view(torch.uint8)
-    flat: Bytes = view if view.is_cuda else view.numpy()  # type: ignore[assignment]
-    return flat

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mpifedlora.errors import RunLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.endpoint import Endpoint, Order, as_bytes, pieces_of
+from mpifedlora.transport.mpi.endpoint import Endpoint, Order, pieces_of
 from mpifedlora.transport.mpi.survival import survivable
 from mpifedlora.transport.mpi.waiting import wait, wait_busily
 
@@ -37,7 +38,7 @@ class MpiServer(Endpoint):
         self.bytes_crossed = 0
         self._ahead_bytes = 0  # of the next message, which a stream has sent already
         self._buffer: Tensor | None = None
-        self._cohort = _Cohort([], [])  # of the round in hand
+        self._cohort = _Cohort((), ())  # of the round in hand
         self._headers = np.zeros((0, 0), np.uint8)
         self._landing: _Landing | None = None
         self._then = Order.NONE  # what the last order has announced
@@ -48,11 +49,14 @@ class MpiServer(Endpoint):
         if plan.stops:
             return self._dismiss(plan)
         self._order(Order.MESSAGE, plan, Order.ROWS if takes_rows and plan.cohort else Order.NONE)
-        if self._then is Order.ROWS:
-            self._expect(plan)  # while the workers read theirs
         if wire.numel():
+            from mpifedlora.core.buffers import as_bytes
+
             self.bytes_crossed += self.num_workers * wire.nbytes
             self.comm.Bcast(self._units(as_bytes(wire)))
+        if self._then is Order.ROWS:
+            self._expect(plan)  # while the workers train
+            self._land(plan)
 
     def _dismiss(self, plan: RoundPlan, *, is_told: bool = False) -> None:
         """Tell everybody who lives that the run is over, and wait until they know."""
@@ -77,12 +81,12 @@ class MpiServer(Endpoint):
             self.comm.Revoke()
 
     def _order(self, order: Order, plan: RoundPlan | None = None, then: Order = Order.NONE) -> None:
-        record = np.zeros(self.order_bytes, np.uint8)
+        record = bytearray(self.order_bytes)
         record[0], record[1] = order, then
         self._then = then
         if plan is not None:
-            record[ORDER_BYTES:] = plan.pack()
-        self.bytes_crossed += self.num_workers * record.nbytes
+            record[ORDER_BYTES:] = plan.pack().data
+        self.bytes_crossed += self.num_workers * len(record)
         wait(self._begun(self.comm.Ibcast([record, self._mpi.BYTE])))
 
     @survivable
@@ -92,6 +96,8 @@ class MpiServer(Endpoint):
         """Gather what each worker has measured, (counts[worker_id], width)."""
         import torch
 
+        from mpifedlora.core.buffers import as_bytes
+
         received = torch.empty(sum(counts), width, dtype=getattr(torch, dtype))
         self.bytes_crossed += received.nbytes
         wait(self._begun(self.comm.Ibarrier()))
@@ -100,27 +106,33 @@ class MpiServer(Endpoint):
         return list(torch.split(received, list(counts)))
 
     def _expect(self, plan: RoundPlan) -> None:
-        """Make ready what the headers and rows of a round come into."""
+        """Make ready what the headers of a round come into."""
         from mpifedlora.core.plan import HEADER_BYTES
 
-        self._cohort = _Cohort.of(plan, self.num_workers)
-        self._headers = np.zeros((len(self._cohort.clients), HEADER_BYTES), np.uint8)
-        self._landing = self._land(plan) if self._then is Order.ROWS else None
+        self._cohort = _Cohort.of(plan.workers, self.num_workers)
+        if len(self._headers) != len(self._cohort.clients):
+            self._headers = np.zeros((len(self._cohort.clients), HEADER_BYTES), np.uint8)
 
     def _land(self, plan: RoundPlan) -> _Landing:
+        """Make ready what the rows of a round come into; the same as last time, where it fits."""
+        sizes = self._row_bytes(plan)
+        landing = self._landing
+        if landing is None or landing.sizes != sizes or landing.counts != self._cohort.counts:
+            self._landing = landing = self._new_landing(sizes)
+        return landing
+
+    def _new_landing(self, sizes: list[int]) -> _Landing:
         import torch
 
         from mpifedlora.core.buffers import padded
 
-        sizes = self._row_bytes(plan)
         strides = [padded(size) for size in sizes]
-        counts = [0] * self.num_workers
-        for client_id, stride in zip(self._cohort.clients, strides, strict=True):
-            counts[plan.workers[client_id]] += stride
-        buffer = self._fitting(sum(counts))
+        following = iter(strides)
+        by_worker = [sum(islice(following, count)) for count in self._cohort.counts]
+        buffer = self._fitting(sum(strides))
         rows = torch.split(buffer, strides)
         views = [row[:size] for row, size in zip(rows, sizes, strict=True)]
-        return _Landing(views, self._target(counts, buffer), sum(counts))
+        return _Landing(sizes, self._cohort.counts, views, self._target(by_worker, buffer), sum(strides))
 
     @survivable
     def collect_headers(self, plan: RoundPlan) -> list[UpdateHeader]:
@@ -137,8 +149,8 @@ class MpiServer(Endpoint):
         self.bytes_crossed += headers.nbytes
         sizes = [0, *(headers.shape[1] * count for count in self._cohort.counts)]
         trained = self._begun(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE]))
-        if self._landing is not None:
-            self._begun(self.comm.Igatherv(*self._landing.target))
+        if self._then is Order.ROWS:
+            self._begun(self.comm.Igatherv(*self._land(plan).target))
         wait(trained)
         return read_headers(headers, plan, clients, self._row_bytes(plan))
 
@@ -151,9 +163,8 @@ class MpiServer(Endpoint):
     @survivable
     def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
         """Return the bytes of every row, in the order of the headers; they hold until the next collect."""
-        landing = self._landing
-        if landing is None:
-            landing = self._land(plan)
+        landing = self._land(plan)
+        if self._then is not Order.ROWS:
             self._order(Order.ROWS)
             self._begun(self.comm.Igatherv(*landing.target))
         wait_busily(self._requests)
@@ -164,11 +175,11 @@ class MpiServer(Endpoint):
         from mpifedlora.core.buffers import byte_buffer
 
         if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = byte_buffer(size)
+            self._buffer, self._landing = byte_buffer(size), None
         return self._buffer[:size]
 
     def _target(self, counts: Sequence[int], buffer: Tensor) -> tuple[Any, list[Any]]:
-        from mpifedlora.core.buffers import UNIT_BYTES
+        from mpifedlora.core.buffers import UNIT_BYTES, as_bytes
 
         units = [0, *(count // UNIT_BYTES for count in counts)]
         return self._mpi.IN_PLACE, [as_bytes(buffer), units, None, self._unit]
@@ -187,6 +198,8 @@ class MpiServer(Endpoint):
 
         The workers keep what they have received only if no update was refused.
         """
+        from mpifedlora.core.buffers import as_bytes
+
         before = self.bytes_crossed
         self._order(Order.STREAM, stream.announced)
         parts, clients = stream.parts, self._cohort.clients
@@ -228,8 +241,9 @@ class MpiServer(Endpoint):
     def _forget(self) -> list[Any]:
         self.bytes_crossed += self._ahead_bytes
         self._ahead_bytes = 0
-        buffer, self._buffer = self._buffer, None
-        return [buffer]
+        kept = [self._headers, self._buffer]
+        self._headers, self._buffer, self._landing = np.zeros((0, 0), np.uint8), None, None
+        return kept
 
     def _part_buffers(self, parts: Sequence[Part], num_clients: int) -> list[Tensor]:
         from mpifedlora.core.parts import IN_FLIGHT
@@ -245,8 +259,18 @@ class MpiServer(Endpoint):
 
 
 class _Landing(NamedTuple):
-    """Where the rows of a round come in: views of each, what a gather is given, and the bytes of all."""
+    """Where the rows of a round come in.
 
+    Args:
+        sizes: bytes of each row.
+        counts: how many rows each worker has.
+        rows: views of each.
+        target: what a gather is given.
+        num_bytes: that cross, of all rows.
+    """
+
+    sizes: list[int]
+    counts: tuple[int, ...]
     rows: list[Tensor]
     target: tuple[Any, list[Any]]
     num_bytes: int
@@ -255,14 +279,19 @@ class _Landing(NamedTuple):
 class _Cohort(NamedTuple):
     """Who trains in a round: clients by worker and id, and how many each worker has."""
 
-    clients: list[int]
-    counts: list[int]
+    clients: tuple[int, ...]
+    counts: tuple[int, ...]
 
     @staticmethod
-    def of(plan: RoundPlan, num_workers: int) -> _Cohort:
-        order = sorted(plan.cohort, key=plan.workers.__getitem__)  # stable: by client within a worker
-        counts = Counter(map(plan.workers.__getitem__, order))
-        return _Cohort(order, [counts[worker_id] for worker_id in range(num_workers)])
+    @lru_cache(maxsize=2)
+    def of(workers: tuple[int, ...], num_workers: int) -> _Cohort:
+        """Return the cohort of a plan's workers, by client id."""
+        from mpifedlora.core.plan import ABSENT
+
+        cohort = (client for client, worker_id in enumerate(workers) if worker_id != ABSENT)
+        clients = sorted(cohort, key=workers.__getitem__)  # stable: by client within a worker
+        counts = Counter(workers)
+        return _Cohort(tuple(clients), tuple(counts[worker_id] for worker_id in range(num_workers)))
 
 
 def _poke(requests: Sequence[MPI.Request]) -> None:

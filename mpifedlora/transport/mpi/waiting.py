@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _YIELDING_S, _SHORT_S, _SHORT_SLEEP_S, _LONGEST_SLEEP_S = 2e-3, 5e-2, 1e-4, 1e-3
+_SLOW_BYTES_PER_S = 1e9
 
 
-def wait(request: MPI.Request) -> None:
-    """Wait for a request by testing: others may take the core; after 2 ms it sleeps between the tests.
+def wait(request: MPI.Request, num_bytes: int = 0) -> None:
+    """Wait for a request by testing: others may take the core; later it sleeps between the tests.
 
-    Many steps of a round take less than that, and a sleep would be a large part of them.
+    Not in the first 2 ms: many steps of a round take less, and a sleep would be a large part of them. Nor
+    while so many bytes may be on their way.
     """
-    started = time.perf_counter()
+    started, yielding_s = time.perf_counter(), _YIELDING_S + num_bytes / _SLOW_BYTES_PER_S
     while not request.Test():
         waited_s = time.perf_counter() - started
-        if waited_s < _YIELDING_S:
+        if waited_s < yielding_s:
             os.sched_yield()
         else:
             time.sleep(_SHORT_SLEEP_S if waited_s < _SHORT_S else _LONGEST_SLEEP_S)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
-from mpifedlora.transport.mpi.endpoint import Endpoint, Order, as_bytes, pieces_of
+from mpifedlora.transport.mpi.endpoint import Endpoint, Order, pieces_of
 from mpifedlora.transport.mpi.survival import survivable
 from mpifedlora.transport.mpi.waiting import wait, wait_busily
 
@@ -15,9 +15,17 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch import Tensor
 
+    from mpifedlora.core.agreement import Bytes
     from mpifedlora.core.parts import Part
     from mpifedlora.core.plan import RoundPlan
     from mpifedlora.core.wire import UpdateRows
+
+
+class _Message(NamedTuple):
+    """Where a message comes in, and the same as MPI is given it."""
+
+    wire: Tensor
+    bytes: Bytes
 
 
 class MpiWorker(Endpoint):
@@ -28,11 +36,11 @@ class MpiWorker(Endpoint):
     def __init__(self, comm: MPI.Comm, place: NodePlace) -> None:
         super().__init__(comm, place)
         self.worker_id = comm.rank - 1
-        self._message: Tensor | None = None
-        self._spare: Tensor | None = None
+        self._message: _Message | None = None
+        self._spare: _Message | None = None
         self._plan: RoundPlan | None = None
         self._then = Order.NONE  # what the last order has announced
-        self._ahead: tuple[RoundPlan, Tensor] | None = None  # what a stream has brought
+        self._ahead: tuple[RoundPlan, _Message] | None = None  # what a stream has brought
 
     @survivable
     def receive(self) -> tuple[RoundPlan, Tensor]:
@@ -54,14 +62,14 @@ class MpiWorker(Endpoint):
             _, plan = self._order(Order.MESSAGE)
             assert plan is not None
             # The round that the message in hand began is over: the next may lie where it lay.
-            buffer = self._fitting(plan, self._message)
-            if buffer.numel():
-                self.comm.Bcast(self._units(as_bytes(buffer)))
-            self._ahead = plan, buffer
-        (self._plan, buffer), self._ahead = self._ahead, None
-        if buffer is not self._message:
-            self._spare, self._message = self._message, buffer
-        return self._plan, buffer
+            message = self._fitting(plan, self._message)
+            if len(message.bytes):
+                self.comm.Bcast(self._units(message.bytes))
+            self._ahead = plan, message
+        (self._plan, message), self._ahead = self._ahead, None
+        if message is not self._message:
+            self._spare, self._message = self._message, message
+        return self._plan, message.wire
 
     def _rebuild(self) -> list[int]:
         lost = super()._rebuild()
@@ -85,26 +93,29 @@ class MpiWorker(Endpoint):
         has_plan = order in (Order.MESSAGE, Order.STREAM)
         return order, RoundPlan.unpack(record[ORDER_BYTES:], len(self.shapes.modules)) if has_plan else None
 
-    def _fitting(self, plan: RoundPlan, buffer: Tensor | None) -> Tensor:
-        """Return a buffer for a plan's message: the given one, if it has the size."""
-        from mpifedlora.core.buffers import padded
+    def _fitting(self, plan: RoundPlan, message: _Message | None) -> _Message:
+        """Return a place for a plan's message: the given one, if it has the size."""
+        from mpifedlora.core.buffers import as_bytes, padded
 
-        if buffer is not None and buffer.numel() == padded(self.wire.message_bytes(plan, self.shapes)):
-            return buffer
-        return self.wire.message_buffer(plan, self.shapes, is_pinned=self.is_pinned)
+        if message is not None and len(message.bytes) == padded(self.wire.message_bytes(plan, self.shapes)):
+            return message
+        wire = self.wire.message_buffer(plan, self.shapes, is_pinned=self.is_pinned)
+        return _Message(wire, as_bytes(wire))
 
     @survivable
     def submit_predictions(self, predictions: Tensor) -> None:
         """Send what this worker has measured, two-dimensional."""
+        from mpifedlora.core.buffers import as_bytes
+
         wait(self._begun(self.comm.Ibarrier()))
         self.comm.Gatherv([as_bytes(predictions), self._mpi.BYTE], None)
 
     @survivable
     def submit(self, rows: UpdateRows) -> None:
         """Send the rows of this worker's clients, in rising order of client_id, as the server wants them."""
-        headers = self._begun(self.comm.Igatherv([rows.headers.reshape(-1), self._mpi.BYTE], None))
+        headers = self._begun(self.comm.Igatherv([rows.headers, self._mpi.BYTE], None))
         if self._then is Order.ROWS:
-            wait(self._gather_rows(rows))
+            wait(self._gather_rows(rows), len(rows.bytes))
             headers.Wait()
             return
         order, following = self._order(Order.ROWS, Order.SUM, Order.STREAM)
@@ -120,35 +131,33 @@ class MpiWorker(Endpoint):
             for piece in pieces_of(rows.total.numpy()):
                 self.comm.Reduce(piece, None)
 
-    def _stream(self, rows: UpdateRows, following: RoundPlan) -> tuple[RoundPlan, Tensor]:
+    def _stream(self, rows: UpdateRows, following: RoundPlan) -> tuple[RoundPlan, _Message]:
         from mpifedlora.core.parts import IN_FLIGHT
 
         assert self._plan is not None
         # The message in hand counts until the stream is committed.
-        buffer, parts = self._fitting(following, self._spare), self._parts(self._plan, following)
+        message, parts = self._fitting(following, self._spare), self._parts(self._plan, following)
         # The same calls in the same order as on the server; both ends' buffers are whole all the time.
         requests = [self._gather_part(rows, part) for part in parts[:IN_FLIGHT]]
         for index, part in enumerate(parts):
-            requests += self._broadcast_part(part, as_bytes(buffer))
+            requests += self._broadcast_part(part, message.bytes)
             requests += [self._gather_part(rows, later) for later in parts[index + IN_FLIGHT :][:1]]
         wait_busily(requests)
-        return following, buffer
+        return following, message
 
     def _gather_rows(self, rows: UpdateRows) -> MPI.Request:
-        rows.settle(rows.buffer.numel())
-        return self._begun(self.comm.Igatherv(self._units(as_bytes(rows.buffer)), None))
+        rows.settle(len(rows.bytes))
+        return self._begun(self.comm.Igatherv(self._units(rows.bytes), None))
 
     def _gather_part(self, rows: UpdateRows, part: Part) -> MPI.Request:
         from mpifedlora.core.buffers import UNIT_BYTES, padded
 
         rows.settle(part.uplink.stop)
         if len(rows) <= 1:
-            span = as_bytes(rows.buffer)[part.uplink.start : part.uplink.stop]
+            span = rows.bytes[part.uplink.start : part.uplink.stop]
             return self._begun(self.comm.Igatherv(self._units(span), None))
         stride = padded(rows.sizes[0]) // UNIT_BYTES
         strided = self._unit.Create_vector(len(rows), part.uplink.size // UNIT_BYTES, stride).Commit()
-        request = self._begun(
-            self.comm.Igatherv([as_bytes(rows.buffer)[part.uplink.start :], 1, strided], None)
-        )
+        request = self._begun(self.comm.Igatherv([rows.bytes[part.uplink.start :], 1, strided], None))
         strided.Free()  # MPI keeps it until the request is done
         return request
