@@ -12,6 +12,7 @@ import numpy as np
 from mpifedlora.core.curves import Curve, first_reaching, pareto_front
 from mpifedlora.core.differences import CHANGES_NO_NUMBER, Tables, differing_keys
 from mpifedlora.core.metrics import Metric
+from mpifedlora.core.units import counted
 from mpifedlora.errors import ConfigError
 
 SEED = "federation.seed"
@@ -29,6 +30,7 @@ _MUST_AGREE = (
     "evaluation.max_examples",
 )
 MARGIN = 0.05
+_LONG_LABEL = 40
 
 
 class Run(NamedTuple):
@@ -112,7 +114,10 @@ def choose_metric(runs: Mapping[str, Mapping[str, Curve]], name: str | None) -> 
     if shared and name is None:
         return shared[0]
     if name is None or name not in shared:
-        found = "; ".join(f"{run} has {', '.join(each)}" for run, each in names.items())
+        by_metrics: dict[str, list[str]] = {}
+        for run, each in names.items():
+            by_metrics.setdefault(", ".join(each), []).append(run)
+        found = "; ".join(f"{', '.join(having)}: {each}" for each, having in by_metrics.items())
         got = "" if name is None else f", got {name}"
         advice = f"choose {' or '.join(shared)}" if shared else "leave the others out"
         raise ConfigError(f"the metric must be one that all runs have{got} ({found}); {advice}")
@@ -149,7 +154,10 @@ def _label(run: Run, firsts: Sequence[Run]) -> str:
     alike = [first for first in firsts if first.method == run.method]
     keys = _differences(alike)
     place = next(index for index, first in enumerate(alike) if first is run)
-    return ", ".join([run.method, *(f"{key}={_written(values[place])}" for key, values in keys.items())])
+    # A hash says no more than that files differ.
+    short = {key: 8 if key.endswith("sha256") else None for key in keys}
+    told = (f"{key}={_written(values[place])[: short[key]]}" for key, values in keys.items())
+    return ", ".join([run.method, *told])
 
 
 def _written(value: Any) -> str:
@@ -275,18 +283,21 @@ def comparability_notes(groups: Sequence[Group]) -> list[str]:
     notes = []
     for key, values in differing_keys([group.runs[0].config for group in groups]).items():
         if key.startswith(_MUST_AGREE):
-            listed = "; ".join(
-                f"{group.label}: {_written(value)}" for group, value in zip(groups, values, strict=True)
-            )
+            pairs = zip(groups, values, strict=True)
+            listed = "; ".join(f"{_called(group)}: {_written(value)}" for group, value in pairs)
             notes.append(f"{key} differs ({listed})")
     notes += _seed_notes(groups)
     for group in groups:
         notes += [
-            f"{run.name} has not finished (it is {run.status} after {run.num_rounds} rounds)"
+            f"{run.name} has not finished (it is {run.status} after {counted(run.num_rounds, 'round')})"
             for run in group.runs
             if run.status != "finished"
         ]
     return notes
+
+
+def _called(group: Group) -> str:
+    return group.label if len(group.label) <= _LONG_LABEL else group.runs[0].name
 
 
 def _seed_notes(groups: Sequence[Group]) -> list[str]:
@@ -296,12 +307,12 @@ def _seed_notes(groups: Sequence[Group]) -> list[str]:
     pairs = list(zip(groups, seeds, strict=True))
     notes = []
     if any(set(one) != set(seeds[0]) for one in seeds):
-        listed = "; ".join(f"{group.label}: {', '.join(map(str, one))}" for group, one in pairs)
+        listed = "; ".join(f"{_called(group)}: {', '.join(map(str, one))}" for group, one in pairs)
         notes.append(f"the seeds differ, and with them data split and start ({listed})")
     for group, one in pairs:
         if len(set(one)) < len(one):
             names = ", ".join(run.name for run in group.runs)
             notes.append(
-                f"a seed counts more than once in {group.label} ({names}): a repeat is no new sample"
+                f"a seed counts more than once in {_called(group)} ({names}): a repeat is no new sample"
             )
     return notes

@@ -25,6 +25,15 @@ def human_bytes(count: int) -> str:
     return f"{value / 1000:.1f} PB"
 
 
+def counted(count: int, noun: str) -> str:
+    """Write how many of something there are.
+
+    >>> counted(1, "worker"), counted(4, "worker")
+    ('1 worker', '4 workers')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def human_number(value: float) -> str:
     """Write a number with three decimals, a large or tiny one with four digits.
 

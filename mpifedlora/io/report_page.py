@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpifedlora.core.curves import measured, measured_clients, summarise_clients
-from mpifedlora.core.units import human_bytes, human_time
+from mpifedlora.core.units import counted, human_bytes, human_time
 from mpifedlora.io.client_figures import client_labels
 from mpifedlora.io.figures import COLORS
 from mpifedlora.io.html import Html, element, join, safe, table
@@ -123,7 +123,7 @@ def _facts(results: Results) -> Iterator[tuple[str, ...]]:
             f"at delta {delta}" if results.info.is_private else "not private: the noise is seeded, or none"
         )
         yield "epsilon", f"{spent_epsilon[0]:.3g}", words
-    yield "clients", str(results.info.num_clients), f"on {results.info.num_workers} workers"
+    yield "clients", str(results.info.num_clients), f"on {counted(results.info.num_workers, 'worker')}"
 
 
 def less_or_more(share: float) -> str:

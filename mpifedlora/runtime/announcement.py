@@ -10,6 +10,7 @@ import numpy as np
 
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.method_config import ranks_of_clients
+from mpifedlora.core.units import counted
 from mpifedlora.io.output_folder import free_name
 from mpifedlora.io.results_schema import Ints, RunInfo
 from mpifedlora.io.run_file import ResolvedRun
@@ -38,9 +39,9 @@ def first_lines(resolved: ResolvedRun, info: RunInfo, num_parameters: int, out: 
         f"{num_parameters / 1e6:.1f} M parameters, {len(info.module_names)} adapted layers"
     )
     yield (
-        f"{federation.num_clients} clients on {info.num_workers} workers ({_devices(info.devices)}), "
-        f"{federation.num_rounds} rounds, seed {federation.seed}, {info.mpi_library}"
-        f"{', workers may die' if info.survives_lost_workers else ''}"
+        f"{counted(federation.num_clients, 'client')} on {counted(info.num_workers, 'worker')} "
+        f"({_devices(info.devices)}), {counted(federation.num_rounds, 'round')}, seed {federation.seed}, "
+        f"{info.mpi_library}{', workers may die' if info.survives_lost_workers else ''}"
     )
     yield method_line(config)
     yield transport_line(info)

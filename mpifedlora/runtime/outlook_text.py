@@ -13,7 +13,7 @@ import numpy as np
 from mpifedlora.core.forecast import Bound, RoundForecast
 from mpifedlora.core.ledger import Traffic
 from mpifedlora.core.memory_estimate import Footprint
-from mpifedlora.core.units import human_bytes, human_time
+from mpifedlora.core.units import counted, human_bytes, human_time
 from mpifedlora.runtime.announcement import LABEL_WIDTH, MAX_LABELS, label_lines, method_line
 from mpifedlora.runtime.method import expected_cohort
 from mpifedlora.runtime.outlook import Comparison, Outlook
@@ -64,11 +64,12 @@ def _first_line(outlook: Outlook) -> str:
 def _who_line(outlook: Outlook) -> str:
     federation = outlook.config.federation
     low, high = outlook.clients_per_worker()
-    clients = f"{high} client" + "s" * (high != 1) if low == high else f"{low} to {high} clients"
+    clients = counted(high, "client") if low == high else f"{low} to {high} clients"
     some = f", {expected_cohort(outlook.config)} a round" if federation.cohort_size else ""
     return (
-        f"{federation.num_clients} clients{some} on {outlook.num_workers} workers ({clients} each) and a "
-        f"server (mpirun -n {outlook.num_workers + 1}), {federation.num_rounds} rounds, "
+        f"{counted(federation.num_clients, 'client')}{some} on {counted(outlook.num_workers, 'worker')} "
+        f"({clients} each) and a server (mpirun -n {outlook.num_workers + 1}), "
+        f"{counted(federation.num_rounds, 'round')}, "
         f"seed {federation.seed}"
     )
 

@@ -159,10 +159,11 @@ def test_the_metric_is_the_accuracy_or_else_the_first_that_all_runs_have():
 
 
 def test_a_metric_that_a_run_lacks_is_an_error_that_says_who_has_which():
-    runs = {"a": curves(accuracy=[0.5], loss=[1.0]), "b": curves(accuracy=[], perplexity=[9.0], loss=[2.0])}
+    model = curves(accuracy=[], perplexity=[9.0], loss=[2.0])
+    runs = {"a": curves(accuracy=[0.5], loss=[1.0]), "b": model, "c": model}
     expected = (
         "the metric must be one that all runs have, got accuracy "
-        "(a has accuracy, loss; b has perplexity, loss); choose loss"
+        "(a: accuracy, loss; b, c: perplexity, loss); choose loss"
     )
     with pytest.raises(ConfigError) as caught:
         choose_metric(runs, "accuracy")
@@ -200,12 +201,19 @@ def test_what_makes_runs_unlike_is_named(tables, note):
     assert comparability_notes(groups) == [note]
 
 
+def test_a_long_label_is_short_in_notes_and_hashes_are_short_in_labels():
+    one = make("runs/a", [0.1], task={"name": "own.py:build", "sha256": "ab" * 32, "options": {"gamma": 2.0}})
+    groups = group_by_seed([one, make("runs/b", [0.1])])
+    assert groups[0].label.split(", ")[-1] == "task.sha256=abababab"
+    assert comparability_notes(groups) == ["task.name differs (runs/a: own.py:build; runs/b: classification)"]
+
+
 def test_unlike_seeds_and_unfinished_runs_are_named():
     groups = group_by_seed([make("a", [0.1]), make("b", [0.1], method="flora", seed=4, status="running")])
     seeds, unfinished = comparability_notes(groups)
     assert "seeds differ" in seeds
     assert "fedit: 0; flora: 4" in seeds
-    assert unfinished == "b has not finished (it is running after 1 rounds)"
+    assert unfinished == "b has not finished (it is running after 1 round)"
 
 
 def test_a_seed_that_counts_twice_is_named():

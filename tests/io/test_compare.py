@@ -185,7 +185,7 @@ def test_the_users_metric_and_direction_count(language_runs: list[Path], folders
     by_loss = read_comparison([*folders[:1], *language_runs[1:]], 1.4, metric="loss")
     assert [row.final.mean for row in by_loss.rows] == [1.0, 1.0]
     assert [row.rounds_to_target.mean for row in by_loss.rows] == [4, 4]
-    with pytest.raises(ConfigError, match=r"all runs have, got accuracy .*sa-0 has accuracy, .*choose loss"):
+    with pytest.raises(ConfigError, match=r"all runs have, got accuracy .*sa-0: accuracy, .*choose loss"):
         read_comparison([*folders[:1], *language_runs], metric="accuracy")
 
 

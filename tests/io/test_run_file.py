@@ -193,7 +193,7 @@ def test_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (".", "got the folder ."),
         ("", "got the folder ."),
         (os.devnull, "must be a regular file"),
-        ("run\0.toml", "null byte"),
+        ("run\0.toml", "null"),  # the words are Python's own, and change
         ("x" * 5000, "File name too long"),
         (f"{__file__}/run.toml", "Not a directory"),
     ],
