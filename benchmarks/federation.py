@@ -34,7 +34,7 @@ LORA_RANK = 16
 WIRE = WireFormat()
 _PIECE_VALUES = 2**16  # 256 KiB, as a part of a pipeline is whole pieces
 _FOREVER = 10**6  # rounds
-_SLEEP_S = 2e-3
+_SLEEP_S = 5e-2  # seven sleepers that wake every 2 ms would be felt by the two that are timed
 
 
 def flat_shapes(num_bytes: float) -> ModelShapes:
