@@ -25,7 +25,7 @@ CUDA_HOST_BYTES = 2_500 * _MB
 CUDA_CONTEXT_BYTES = 600 * _MB
 """GPU memory of a process before it has allocated any: context, kernels, cuBLAS workspace."""
 BASE = "base weights"
-_PARTS_IN_FLIGHT, _PART_BYTES = 2, 2**20
+_PARTS_IN_FLIGHT, _PART_BYTES, _LEAST_IN_FLIGHT_BYTES = 2, 2**20, 2**24
 _SPARE = 10
 """One part in so many is added to all but the constants: for allocators' rounding and gaps."""
 
@@ -234,7 +234,7 @@ def _collected_bytes(config: RunTables, values: int) -> int:
         return whole
     if _comes_in_parts(config):
         part = max(config.transport.chunk_bytes or 0, _PART_BYTES)
-        return min(whole, cohort * _PARTS_IN_FLIGHT * part)
+        return min(whole, max(_LEAST_IN_FLIGHT_BYTES, cohort * _PARTS_IN_FLIGHT * part))
     # Whole rows, and once more what is made of them: decoded values, or the factors of the exact sum.
     return whole + cohort * _FLOAT * values
 

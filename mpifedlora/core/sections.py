@@ -226,7 +226,7 @@ class TransportConfig(Section):
     chunk_bytes: PositiveInt | None = Field(
         None,
         description="Bytes of one client's update in a part, at least the largest module's; by default "
-        "512 KiB to 2 MiB by the number of clients, or the largest module.",
+        "512 KiB to 3 MiB by the number of clients, or the largest module.",
     )
     uplink_dtype: WireDtype = Field(
         "float32",
