@@ -139,7 +139,7 @@ def _adopt(records: Records, folders: Iterable[Path], commit: str) -> None:
 
 @click.command(help=__doc__)
 @click.option("--stage", type=click.Choice(STAGES), multiple=True, help="Only these stages.")
-@click.option("--only", default="", help="Only runs whose name contains this text.")
+@click.option("--only", multiple=True, help="Only runs whose name contains this text, or another --only.")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Runs at a time, a core each.")
 @click.option("--quick", is_flag=True, help="Every arm for two rounds, kept apart: a check, no measurement.")
 @click.option("--list", "is_list", is_flag=True, help="Show what is left, and run nothing.")
@@ -149,7 +149,7 @@ def _adopt(records: Records, folders: Iterable[Path], commit: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)
 def main(
     stage: tuple[str, ...],
-    only: str,
+    only: tuple[str, ...],
     jobs: int,
     quick: bool,
     is_list: bool,
@@ -163,7 +163,9 @@ def main(
     for name in [] if adopt else stage or STAGES:
         rates = chosen_rates(records)
         write_run_files(rates)
-        trials = [trial for trial in trials_of(name, rates) if only in trial.name]
+        trials = [
+            trial for trial in trials_of(name, rates) if not only or any(text in trial.name for text in only)
+        ]
         if quick:
             trials = list({replace(trial, seed=0, rate=ARMS[trial.arm].rates[0]): None for trial in trials})
         left = [trial for trial in trials if quick or not records.has(trial)]
