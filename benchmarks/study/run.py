@@ -161,7 +161,7 @@ def main(
     records = Records(out / "results" if quick else RESULTS)
     _adopt(records, adopt, _commit())
     for name in [] if adopt else stage or STAGES:
-        rates = chosen_rates(records)
+        rates = chosen_rates(Records())
         write_run_files(rates)
         trials = [
             trial for trial in trials_of(name, rates) if not only or any(text in trial.name for text in only)
