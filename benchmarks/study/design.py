@@ -210,7 +210,9 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         ("no-initiating", "no initiating stage", {"initiating.rounds": 0}),
         ("mu-0", "initiating without penalty", {"initiating.mu": 0.0}),
         ("mu-0.1", "initiating with mu 0.1", {"initiating.mu": 0.1}),
-        ("factors", "A and B averaged apart", {"aggregation.kind": "factors"}),
+        ("factors", "A and B averaged apart", {
+            "federation.method": "custom", "aggregation.kind": "factors",
+        }),
         ("spectral", "ranks shared out by singular values", {"annealing.allocation": "spectral"}),
         ("target", "cut while the held-out accuracy bears it", {"annealing.schedule": "target"}),
         ("metropolis", "cuts tried before they are sent (drop)", {
