@@ -124,6 +124,7 @@ PUBLISHED: Switches = {
     "initiating.rounds": 1,
     "training.full_learning_rate": 3e-4,
 }
+APART: Switches = {**ANNEALED, "federation.method": "custom", "aggregation.kind": "factors"}
 CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.local_steps": 32}
 FULL: Mapping[str, Any] = {"rates": FULL_RATES, "rate_key": FULL_KEY}
 
@@ -150,6 +151,7 @@ CORE: tuple[Arm, ...] = (
         **ANNEALED, **_lora(16), **PUBLISHED,
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
+    Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
 )  # fmt: skip
 
 # What each client reaches alone.
@@ -210,9 +212,6 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         ("no-initiating", "no initiating stage", {"initiating.rounds": 0}),
         ("mu-0", "initiating without penalty", {"initiating.mu": 0.0}),
         ("mu-0.1", "initiating with mu 0.1", {"initiating.mu": 0.1}),
-        ("factors", "A and B averaged apart", {
-            "federation.method": "custom", "aggregation.kind": "factors",
-        }),
         ("spectral", "ranks shared out by singular values", {"annealing.allocation": "spectral"}),
         ("target", "cut while the held-out accuracy bears it", {"annealing.schedule": "target"}),
         ("metropolis", "cuts tried before they are sent (drop)", {

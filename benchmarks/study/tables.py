@@ -113,7 +113,7 @@ def methods_table(records: Records, setting: str) -> list[str]:
     return _table(head, rows)
 
 
-SUMMARY = ("fedavg", "fedit-r16", "fedit-r8", "sa-published", "sa-full", "sa-adapter")
+SUMMARY = ("fedavg", "fedit-r16", "fedit-r8", "sa-published", "sa-full", "sa-adapter", "sa-factors")
 
 
 def summary_table(records: Records) -> list[str]:
