@@ -57,7 +57,7 @@ _PRESETS = (
         "sa-fedlora",
         "Simulated annealing: LoRA with a falling rank, exact aggregation",
         "arXiv 2405.09394 v1",
-        settings={"training.scope": "adapter", "aggregation.kind": "product", **_NO_OTHER},
+        settings={"training.scope": "adapter", **_NO_OTHER},
     ),
     Method("fedavg", "Federated averaging of the whole model", "arXiv 1602.05629", settings=_FULL),
     Method(

@@ -26,7 +26,7 @@ def test_default_is_the_models_default() -> None:
 
 # What defines each method, read from its paper: scope, aggregation of an adapter, and what else it adds.
 DEFINED = {
-    "sa-fedlora": ("adapter", "product", {}),
+    "sa-fedlora": ("adapter", None, {}),
     "fedavg": ("full", None, {}),
     "fedprox": ("full", None, {"training.mu": 0.01}),
     "scaffold": (
@@ -81,6 +81,7 @@ def test_a_minimal_file_is_enough(name: str) -> None:
     )
     assert {key: value_of(config, key) for key in PLAIN} == PLAIN | more
     is_annealed = name == "sa-fedlora"
+    assert config.aggregation.kind == "product" or not is_annealed
     assert (config.initiating.rounds == 0, config.annealing.schedule == "constant") == (not is_annealed,) * 2
 
 
