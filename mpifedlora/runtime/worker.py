@@ -194,6 +194,17 @@ class Worker:
         is_here = row.device == self.model.device
         return row.view(torch.float32) if is_here else torch.empty(num_values, device=self.model.device)
 
+    def lose(self, lost: Sequence[int], worker_id: int, num_workers: int) -> None:
+        """Go on without some workers, by another number among those left.
+
+        Args:
+            lost: numbers of the workers that have died, of those before.
+            worker_id: of this one now.
+            num_workers: that are left.
+        """
+        self.worker_id, self.num_workers = worker_id, num_workers
+        self.replica.evaluation.lose(lost, num_workers)
+
     def _encode(
         self, client_id: int, values: Tensor, row: Tensor, kept: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -219,8 +230,7 @@ def serve(worker: Worker, transport: WorkerTransport) -> None:
                 return
         except WorkerLost:
             lost = transport.repair()
-            worker.worker_id, worker.num_workers = transport.worker_id, transport.num_workers
-            worker.replica.evaluation.lose(lost, worker.num_workers)
+            worker.lose(lost, transport.worker_id, transport.num_workers)
 
 
 def _follow(worker: Worker, transport: WorkerTransport) -> bool:

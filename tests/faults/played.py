@@ -118,6 +118,9 @@ class PlayedWorker:
         self.worker_id, self.num_workers = endpoint.worker_id, endpoint.num_workers
         self.shapes, self.deaths, self.taken = shapes, deaths, {}
 
+    def lose(self, lost, worker_id, num_workers):
+        self.worker_id, self.num_workers = worker_id, num_workers
+
     def receive(self, plan, message):
         state = values_of(plan.layout(self.shapes).num_values, 0)
         if plan.sends_state:
