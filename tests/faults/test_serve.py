@@ -40,8 +40,11 @@ class PlayedTransport:
         return [0]
 
 
-def make_worker(taken):
+def make_worker(taken, told=None):
     worker = Worker.__new__(Worker)  # the loop and `receive` need no model
+    losses = [] if told is None else told
+    evaluation = SimpleNamespace(lose=lambda lost, num_left: losses.append((lost, num_left)))
+    worker.replica = SimpleNamespace(evaluation=evaluation)
     worker.worker_id, worker.num_workers, worker._plan = 1, 2, None
     worker.model = SimpleNamespace(shapes=None, receive=lambda plan, message: taken.append(plan.round_num))
     worker.wire = SimpleNamespace(decode_message=lambda plan, shapes, wire: wire)
@@ -73,9 +76,10 @@ def test_a_round_that_is_sent_again_is_trained_again_on_the_message_in_hand():
 
 def test_a_loss_while_waiting_is_repaired():
     transport = PlayedTransport([make_plan(1), make_plan(2, stops=True)], ["receive", "receive", "submit"])
-    taken = []
-    serve(make_worker(taken), transport)
+    taken, told = [], []
+    serve(make_worker(taken, told), transport)
     assert (transport.num_repairs, taken, transport.submitted) == (3, [1], [])
+    assert told == [([0], 1)] * 3
 
 
 def test_a_dead_server_is_the_end():
