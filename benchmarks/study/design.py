@@ -212,6 +212,9 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         ("no-initiating", "no initiating stage", {"initiating.rounds": 0}),
         ("mu-0", "initiating without penalty", {"initiating.mu": 0.0}),
         ("mu-0.1", "initiating with mu 0.1", {"initiating.mu": 0.1}),
+        ("upper-half", "only the three upper layers, rank 22 to 4", {
+            **_lora(22), "lora.rank_min": 4, "lora.target_modules": r".*layer\.[345]\..*",
+        }),
         ("spectral", "ranks shared out by singular values", {"annealing.allocation": "spectral"}),
         ("target", "cut while the held-out accuracy bears it", {"annealing.schedule": "target"}),
         ("metropolis", "cuts tried before they are sent (drop)", {
