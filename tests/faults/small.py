@@ -205,7 +205,9 @@ def put_in_place():
 
     models.adapt, task.build_base, lora_layers.lora_config = adapt, build_base, lora_config
     task.load_tokenizer = lambda name: Tokenizer()
-    local._optimizer = lambda flat, grad, head_values, settings, learning_rate: Descent(flat, grad, learning_rate)
+    local._optimizer = lambda flat, grad, head_values, settings, learning_rate: Descent(
+        flat, grad, learning_rate
+    )
 
 
 def main():
