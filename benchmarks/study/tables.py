@@ -295,38 +295,12 @@ def draw_curves(records: Records) -> Callable[[Figure], object]:
             for i, cell in enumerate(cells(records, setting, [ARMS[name] for name in names], "test")):
                 points = [[(p.sent_bytes, p.accuracy) for p in curve] for curve in cell.curves.values()]
                 sent, accuracy = np.mean(np.array(points), axis=0).T
-                look = {"color": COLORS[i], "marker": MARKERS[i], "label": cell.arm.about}
+                look = {"color": COLORS[i], "marker": MARKERS[i], "label": cell.arm.about.replace("`", "")}
                 axis.plot(sent / 1e9, accuracy, **look)
             axis.set(
                 xscale="log", title=TITLES[setting], xlabel="GB sent, both directions", ylabel="test accuracy"
             )
-        axes[0].legend(loc="lower right", fontsize=8)
-
-    return draw
-
-
-def draw_ranks(records: Records) -> Callable[[Figure], object]:
-    """Return what draws held-out accuracy against the largest rank."""
-    names = ("sa-adapter+r4", "sa-adapter+r8", "sa-adapter+r11", "sa-adapter", "sa-adapter+r16")
-
-    def draw(figure: Figure) -> None:
-        axis = figure.subplots()
-        found = cells(records, FIRST, [ARMS[name] for name in names], "validation")
-        ranks = [cell.arm.switches["lora.rank_max"] for cell in found]
-        spread = [np.std([run.accuracy for run in cell.runs.values()]) for cell in found]
-        axis.errorbar(
-            ranks, [cell.mean("accuracy") for cell in found], yerr=spread, color=COLORS[0], capsize=4
-        )
-        for cell, lora_rank in zip(found, ranks, strict=True):
-            less = 100 * (1 - cell.mean("sent_values") / cell.mean("full_model_values"))
-            axis.annotate(
-                f"{less:.1f} %", (lora_rank, cell.mean("accuracy")), (4, 6), textcoords="offset points"
-            )
-        axis.set(
-            xlabel="rank_max",
-            ylabel="accuracy on the validation part",
-            title="and how many fewer values than FedAvg",
-        )
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
 
     return draw
 
@@ -345,7 +319,6 @@ def main(check: bool) -> None:
                 page.write_text(fresh)
     if not check:
         write_figure(FIGURES / "study-curves.png", draw_curves(records), (12, 5))
-        write_figure(FIGURES / "study-ranks.png", draw_ranks(records), (7, 4.5))
         rows = read_rows(scale.Row, RESULTS / "scale.csv")
         write_figure(FIGURES / "study-scale.png", lambda figure: scale.draw(rows, figure), (12, 5.5))
     for name in differing:

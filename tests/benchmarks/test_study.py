@@ -133,11 +133,9 @@ def _middle(rates: tuple[float, ...]) -> float:
     return rates[len(rates) // 2]
 
 
-def test_figures_are_drawn_from_what_there_is(tmp_path: Path) -> None:
-    records = Records()
-    for name, draw in (("curves", tables.draw_curves), ("ranks", tables.draw_ranks)):
-        tables.write_figure(tmp_path / f"{name}.png", draw(records))
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+def test_the_figure_is_drawn_from_what_there_is(tmp_path: Path) -> None:
+    tables.write_figure(tmp_path / "curves.png", tables.draw_curves(Records()))
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_seeds_come_one_after_another() -> None:
