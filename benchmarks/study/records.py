@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from design import ADAPTER_KEY, ARMS, FIRST, SETTINGS, Trial, arms_of, source_of
 
 from mpifedlora.core.config import RunConfig
 from mpifedlora.io.results import Results
-from mpifedlora.io.run_file import config_digest, resolve_run
+from mpifedlora.io.run_file import resolve_run
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,7 +27,7 @@ class Record:
 
     Args:
         setting, arm, rate, seed, split: of its trial.
-        digest: of its whole configuration; a run of another configuration is no run of this trial.
+        digest: of what the design set for it; a run with other switches is no run of this trial.
         accuracy: after the last round, 0 to 1, with `macro_f1` and `loss`.
         best_accuracy: of the measured rounds.
         uplink_bytes: of all clients and rounds, headers included; `downlink_bytes` likewise.
@@ -149,20 +150,20 @@ def tables_of(trial: Trial) -> dict[str, dict[str, object]]:
 
 
 def digest_of(trial: Trial) -> str:
-    """Return the digest of the configuration that a trial has in the design now."""
-    return config_digest(resolve_run(tables_of(trial), {}).config)[:16]
+    """Return the digest of what the design sets for a trial now; keys the package gains change nothing."""
+    return hashlib.sha256(json.dumps(tables_of(trial), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def trial_of(results: Results) -> Trial | None:
     """Return the trial that a run was, by its configuration; None if it was none of the design."""
     config = RunConfig.model_validate_json(results.info.config)
-    digest = config_digest(config)[:16]
     for setting, switches in SETTINGS.items():
         for arm in arms_of(setting) if switches["data.source"] == config.data.source else ():
             section = config.training
             rate = section.learning_rate if arm.rate_key == ADAPTER_KEY else section.full_learning_rate
             trial = Trial(setting, arm.name, rate, config.federation.seed, config.evaluation.split)
-            if (arm.follows or rate in arm.rates) and digest_of(trial) == digest:
+            is_offered = arm.follows or rate in arm.rates
+            if is_offered and resolve_run(tables_of(trial), {}).config == config:
                 return trial
     return None
 
@@ -186,7 +187,7 @@ def record(trial: Trial, results: Results, cpu_s: float, commit: str) -> tuple[R
     ]
     kept = Record(
         **asdict(trial),
-        digest=config_digest(RunConfig.model_validate_json(results.info.config))[:16],
+        digest=digest_of(trial),
         accuracy=points[-1].accuracy,
         best_accuracy=max(point.accuracy for point in points),
         macro_f1=round(float(rounds["eval_macro_f1"][measured[-1]]), 5),
