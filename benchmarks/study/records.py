@@ -35,7 +35,7 @@ class Record:
         full_model_bytes: of full-model FedAvg in float32 over the same rounds; `full_model_values`.
         cpu_s: processor time of the run (its one thread), start and evaluation included; nan where unknown.
         created: when it began.
-        commit: of the source.
+        commit: of the source; for an adopted run, of the source that took it in.
         machine: processor, and torch.
     """
 

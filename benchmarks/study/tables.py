@@ -125,10 +125,8 @@ def summary_table(records: Records) -> list[str]:
         if here:
             sent = next(iter(here.values()))
             accuracies = [_with_seeds(here[name]) if name in here else "-" for name in TUNED]
-            less = 100 * (1 - sent.mean("sent_bytes") / sent.mean("full_model_bytes"))
-            rows.append(
-                (ARMS[arm].about, *accuracies, f"{sent.mean('sent_bytes') / 1e6:,.0f} MB", f"{less:.2f} %")
-            )
+            megabytes = f"{sent.mean('sent_bytes') / 1e6:,.0f} MB"
+            rows.append((ARMS[arm].about, *accuracies, megabytes, _fewer(sent, "bytes")))
     return _table(("method", *(TITLES[name] for name in TUNED), "sent", "less than FedAvg"), rows)
 
 
@@ -140,8 +138,8 @@ def _with_seeds(cell: Cell) -> str:
 def _costs(cell: Cell, reached: tuple[float, float] | None) -> tuple[str, ...]:
     return (
         f"{cell.mean('sent_values') / 1e6:,.0f} M",
-        f"{100 * (1 - cell.mean('sent_values') / cell.mean('full_model_values')):.2f} %",
-        f"{100 * (1 - cell.mean('sent_bytes') / cell.mean('full_model_bytes')):.2f} %",
+        _fewer(cell, "values"),
+        _fewer(cell, "bytes"),
         f"{reached[0] / 1e6:,.0f}" if reached else "-",
         f"{reached[1]:.0f}" if reached else "-",
     )
@@ -186,7 +184,7 @@ def ablation_table(records: Records) -> list[str]:
             _spread([run.accuracy for run in cell.runs.values()]),
             "" if is_reference else _difference(cell, reference),
             f"{cell.mean('loss'):.3f}",
-            f"{100 * (1 - cell.mean('sent_bytes') / cell.mean('full_model_bytes')):.2f} %",
+            _fewer(cell, "bytes"),
             f"{len(cell.runs)}",
         ))  # fmt: skip
     return _table(
@@ -202,14 +200,13 @@ def factor_table(records: Records) -> list[str]:
         reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
         for cell in found:
             accuracy = _spread([run.accuracy for run in cell.runs.values()])
-            less = 100 * (1 - cell.mean("sent_bytes") / cell.mean("full_model_bytes"))
             rows.append(
                 (
                     setting,
                     cell.arm.about,
                     accuracy,
                     _difference(cell, reference),
-                    f"{less:.2f} %",
+                    _fewer(cell, "bytes"),
                     f"{len(cell.runs)}",
                 )
             )
@@ -231,6 +228,11 @@ def _bold(text: str, is_bold: bool) -> str:
 def _spread(values: Sequence[float]) -> str:
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
+
+
+def _fewer(cell: Cell, unit: str) -> str:
+    """Return how many fewer `bytes` or `values` were sent than by full-model FedAvg."""
+    return f"{100 * (1 - cell.mean(f'sent_{unit}') / cell.mean(f'full_model_{unit}')):.2f} %"
 
 
 def _difference(cell: Cell, reference: Cell | None) -> str:

@@ -93,7 +93,8 @@ def test_every_trial_can_be_run() -> None:
     rates = chosen_rates(Records())
     reported = [*core(rates), *local(rates), *factors(rates)]
     assert len({digest_of(trial) for trial in reported}) == len(reported)
-    assert all(map(digest_of, {*search(), *tuning(), *ablations(rates)}))
+    for trial in {*reported, *search(), *tuning(), *ablations(rates)}:
+        assert resolve_run(tables_of(trial), {}).config.federation.seed == trial.seed
 
 
 def test_the_learning_rate_with_the_least_validation_loss_is_chosen(tmp_path: Path) -> None:
