@@ -94,8 +94,8 @@ def methods_table(records: Records, setting: str) -> list[str]:
     """Return accuracy and bytes of every arm on the test part."""
     found = cells(records, setting, CORE, "test")
     reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
-    head = ("method", "learning rate", "accuracy", "best", "minus FedAvg, by seed", "values sent", "fewer",
-            "fewer bytes", "MB to 95 % of its best", "rounds", "CPU s", "seeds")  # fmt: skip
+    head = ("method", "learning rate", "accuracy", "best", "minus FedAvg, by seed", "MB up / down", "values sent",
+            "fewer", "fewer bytes", "MB to 95 % of its best", "rounds", "CPU s", "seeds")  # fmt: skip
     rows = []
     for cell in found:
         run = next(iter(cell.runs.values()))
@@ -106,7 +106,7 @@ def methods_table(records: Records, setting: str) -> list[str]:
             _spread([run.accuracy for run in cell.runs.values()]),
             f"{cell.mean('best_accuracy'):.3f}",
             _difference(cell, reference),
-            *(("-",) * 5 if cell.arm.name.startswith("central") else _costs(cell, reached)),
+            *(("-",) * 6 if cell.arm.name.startswith("central") else _costs(cell, reached)),
             _seconds(cell),
             f"{len(cell.runs)}",
         ))  # fmt: skip
@@ -137,6 +137,7 @@ def _with_seeds(cell: Cell) -> str:
 
 def _costs(cell: Cell, reached: tuple[float, float] | None) -> tuple[str, ...]:
     return (
+        f"{cell.mean('uplink_bytes') / 1e6:,.0f} / {cell.mean('downlink_bytes') / 1e6:,.0f}",
         f"{cell.mean('sent_values') / 1e6:,.0f} M",
         _fewer(cell, "values"),
         _fewer(cell, "bytes"),
