@@ -94,8 +94,9 @@ def methods_table(records: Records, setting: str) -> list[str]:
     """Return accuracy and bytes of every arm on the test part."""
     found = cells(records, setting, CORE, "test")
     reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
-    head = ("method", "learning rate", "accuracy", "best", "minus FedAvg, by seed", "MB up / down", "values sent",
-            "fewer", "fewer bytes", "MB to 95 % of its best", "rounds", "CPU s", "seeds")  # fmt: skip
+    head = ("method", "learning rate", "accuracy", "best", "minus FedAvg, by seed", "MB up / down",
+            "values sent", "fewer", "fewer bytes", "MB to 95 % of its best", "rounds", "CPU s",
+            "seeds")  # fmt: skip
     rows = []
     for cell in found:
         run = next(iter(cell.runs.values()))
