@@ -37,12 +37,12 @@ class Method:
     defaults: Mapping[str, Value] = field(default_factory=dict)
 
 
-_NO_OTHER: Mapping[str, Value] = {
+_PLAIN_CLIENTS: Mapping[str, Value] = {
     "training.mu": 0.0,
     "training.personal": "none",
     "training.control_variates": False,
-    "server_optimizer.kind": "none",
 }
+_NO_OTHER: Mapping[str, Value] = {**_PLAIN_CLIENTS, "server_optimizer.kind": "none"}
 _FIXED_RANK = {
     "initiating.rounds": 0,
     "annealing.schedule": "constant",
@@ -57,7 +57,7 @@ _PRESETS = (
         "sa-fedlora",
         "Simulated annealing: LoRA with a falling rank, exact aggregation",
         "arXiv 2405.09394 v1",
-        settings={"training.scope": "adapter", **_NO_OTHER},
+        settings={"training.scope": "adapter", **_PLAIN_CLIENTS},
     ),
     Method("fedavg", "Federated averaging of the whole model", "arXiv 1602.05629", settings=_FULL),
     Method(
@@ -80,6 +80,12 @@ _PRESETS = (
             "training.head_rate_factor": 1.0,
         },
         defaults={"training.full_learning_rate": 0.3},
+    ),
+    Method(
+        "fedavgm",
+        "Federated averaging of the whole model, momentum on the server",
+        "arXiv 1909.06335",
+        settings={**_FULL, "server_optimizer.kind": "momentum"},
     ),
     Method(
         "fedadam",

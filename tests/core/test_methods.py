@@ -38,6 +38,7 @@ DEFINED = {
             "aggregation.weights": "equal",
         },
     ),
+    "fedavgm": ("full", None, {"server_optimizer.kind": "momentum"}),
     "fedadam": ("full", None, {"server_optimizer.kind": "fedadam"}),
     "fedit": ("adapter", "factors", {}),
     "ffa-lora": ("b-only", "factors", {}),

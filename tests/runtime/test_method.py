@@ -59,6 +59,7 @@ PRESETS = {
         "has_variates": True,
         "weights": "equal",
     },
+    "fedavgm": {"scope": "full", "scopes": ["full"] * 4, "optimizer": "momentum"},
     "fedadam": {"scope": "full", "scopes": ["full"] * 4, "optimizer": "fedadam"},
     "fedit": {"aggregator": AGGREGATORS["factors"]},
     "ffa-lora": {"aggregator": AGGREGATORS["factors"], "scope": "b-only", "scopes": ["b"] * 4},

@@ -46,6 +46,7 @@ ONE_FACTOR = (RANK * PER_B + HEAD,) * 2
 VALUES = {
     "fedavg": FULL,
     "fedprox": FULL,
+    "fedavgm": FULL,
     "fedadam": FULL,
     "scaffold": (2 * WHOLE, 2 * WHOLE),
     "fedit": BOTH,
