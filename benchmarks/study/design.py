@@ -125,6 +125,25 @@ PUBLISHED: Switches = {
     "training.full_learning_rate": 3e-4,
 }
 APART: Switches = {**ANNEALED, "federation.method": "custom", "aggregation.kind": "factors"}
+MOMENTUM: Switches = {
+    "server_optimizer.kind": "momentum",
+    "server_optimizer.learning_rate": 1.0,
+    "server_optimizer.beta1": 0.5,
+}
+MILD: Switches = {
+    **ANNEALED,
+    **_lora(9),
+    "lora.rank_min": 5,
+    "annealing.heating_rounds": 14,
+    "aggregation.kind": "factors",
+    **MOMENTUM,
+}
+FIXED: Switches = {
+    "federation.method": "custom",
+    "aggregation.kind": "factors",
+    "initiating.rounds": 0,
+    "annealing.schedule": "constant",
+}
 CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.local_steps": 32}
 FULL: Mapping[str, Any] = {"rates": FULL_RATES, "rate_key": FULL_KEY}
 
@@ -137,8 +156,12 @@ CORE: tuple[Arm, ...] = (
     Arm("central-lora", "all data in one place, rank 16", {**FEDIT, **_lora(16), **CENTRAL}),
     Arm("fedavg", "FedAvg, whole model", FEDAVG, **FULL),
     Arm("fedprox", "FedProx, whole model", FEDPROX, **FULL, follows="fedavg"),
+    Arm("fedavgm", "FedAvgM, whole model: momentum on the server", {
+        **FEDAVG, **MOMENTUM, "federation.method": "fedavgm",
+    }, **FULL),
     Arm("fedit-r16", "FedIT, rank 16", {**FEDIT, **_lora(16)}),
     Arm("fedit-r8", "FedIT, rank 8: the bytes of SA-FedLoRA", {**FEDIT, **_lora(8)}),
+    Arm("fedit-r8-momentum", "FedIT, rank 8, momentum on the server", {**FIXED, **_lora(8), **MOMENTUM}),
     Arm("fedit-r2", "FedIT, rank 2", {**FEDIT, **_lora(2)}, follows="fedit-r16"),
     Arm("ffa-lora", "FFA-LoRA, rank 16", {"federation.method": "ffa-lora", **_lora(16)}),
     Arm("flora", "FLoRA, rank 16", {"federation.method": "flora", **_lora(16)}),
@@ -152,6 +175,14 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
+    Arm("sa-mild", "SA-FedLoRA, adapter only, rank 9 to 5, momentum on the server", MILD),
+    Arm("sa-mild-bfloat16", "the same, bfloat16 on the wire", {
+        **MILD, "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
+    }, follows="sa-mild"),
+    Arm("sa-mild-full", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
+        **MILD, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
+        "training.full_learning_rate": 6e-4,
+    }, follows="sa-mild"),
 )  # fmt: skip
 
 # What each client reaches alone.
