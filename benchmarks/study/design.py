@@ -127,7 +127,7 @@ PUBLISHED: Switches = {
 APART: Switches = {**ANNEALED, "federation.method": "custom", "aggregation.kind": "factors"}
 MOMENTUM: Switches = {
     "server_optimizer.kind": "momentum",
-    "server_optimizer.learning_rate": 1.0,
+    "server_optimizer.learning_rate": 1.5,
     "server_optimizer.beta1": 0.5,
 }
 MILD: Switches = {
@@ -157,7 +157,7 @@ CORE: tuple[Arm, ...] = (
     Arm("fedavg", "FedAvg, whole model", FEDAVG, **FULL),
     Arm("fedprox", "FedProx, whole model", FEDPROX, **FULL, follows="fedavg"),
     Arm("fedavgm", "FedAvgM, whole model: momentum on the server", {
-        **FEDAVG, **MOMENTUM, "federation.method": "fedavgm",
+        **FEDAVG, **MOMENTUM, "federation.method": "fedavgm", "server_optimizer.learning_rate": 1.0,
     }, **FULL),
     Arm("fedit-r16", "FedIT, rank 16", {**FEDIT, **_lora(16)}),
     Arm("fedit-r8", "FedIT, rank 8: the bytes of SA-FedLoRA", {**FEDIT, **_lora(8)}),
@@ -182,7 +182,7 @@ CORE: tuple[Arm, ...] = (
     Arm("sa-mild-full", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
         **MILD, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
         "training.full_learning_rate": 6e-4,
-    }, follows="sa-mild"),
+    }),
 )  # fmt: skip
 
 # What each client reaches alone.
