@@ -130,11 +130,10 @@ MOMENTUM: Switches = {
     "server_optimizer.learning_rate": 1.5,
     "server_optimizer.beta1": 0.5,
 }
-MILD: Switches = {
+LATE: Switches = {
     **ANNEALED,
     **_lora(9),
-    "lora.rank_min": 5,
-    "annealing.heating_rounds": 14,
+    "annealing.heating_rounds": 24,
     "aggregation.kind": "factors",
     **MOMENTUM,
 }
@@ -175,12 +174,12 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
-    Arm("sa-mild", "SA-FedLoRA, adapter only, rank 9 to 5, momentum on the server", MILD),
-    Arm("sa-mild-bfloat16", "the same, bfloat16 on the wire", {
-        **MILD, "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
-    }, follows="sa-mild"),
-    Arm("sa-mild-full", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
-        **MILD, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
+    Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 from round 26 on, momentum on the server", LATE),
+    Arm("sa-late-bfloat16", "the same, bfloat16 on the wire", {
+        **LATE, "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
+    }, follows="sa-late"),
+    Arm("sa-late-full", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
+        **LATE, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
         "training.full_learning_rate": 6e-4,
     }),
 )  # fmt: skip
