@@ -180,7 +180,7 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-late"),
     Arm("sa-late-full", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
         **LATE, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
-        "training.full_learning_rate": 6e-4,
+        "training.full_learning_rate": 6e-4, "server_optimizer.learning_rate": 1.0,
     }),
 )  # fmt: skip
 
