@@ -225,6 +225,59 @@ SEARCH: tuple[Arm, ...] = tuple(
     for scaling, rate, head, warmup in SEARCHED
 )
 
+# How the server's step was found, at a fixed rank of 8, and which schedules and methods were tried with it.
+SERVER_STEPS: tuple[tuple[float, float, float], ...] = (  # momentum, step, learning rate
+    (0.5, 0.5, 1e-3),
+    (0.5, 0.7, 1e-3),
+    (0.5, 1.0, 5e-4),
+    (0.5, 1.0, 7e-4),
+    (0.7, 0.35, 1e-3),
+    (0.7, 0.6, 1e-3),
+    (0.9, 0.3, 5e-4),
+)
+
+
+def _momentum(beta: float, step: float) -> Switches:
+    return {**MOMENTUM, "server_optimizer.beta1": beta, "server_optimizer.learning_rate": step}
+
+
+TRIED: tuple[Arm, ...] = (
+    *(
+        Arm(
+            f"server-m{beta:g}-s{step:g}-{rate:g}",
+            f"fixed rank 8, momentum {beta:g}, server's step {step:g}",
+            {**FIXED, **_lora(8), **_momentum(beta, step)},
+            (rate,),
+        )
+        for beta, step, rate in SERVER_STEPS
+    ),
+    Arm("tried-12-to-2", "rank 12 to 2 from round 4 on, momentum 0.5, server's step 0.7", {
+        **APART, **_momentum(0.5, 0.7),
+    }, (1e-3,)),
+    Arm("tried-late-s0.7", "rank 9 to 2 from round 26 on, momentum 0.5, server's step 0.7", {
+        **APART, **_lora(9), "annealing.heating_rounds": 24, **_momentum(0.5, 0.7),
+    }, (1e-3,)),
+    Arm("tried-late-s1", "rank 9 to 2 from round 26 on, momentum 0.5, server's step 1", {
+        **APART, **_lora(9), "annealing.heating_rounds": 24, **_momentum(0.5, 1.0),
+    }, (5e-4,)),
+    Arm("tried-9-to-6", "rank 9 to 6 from round 16 on, momentum 0.5, server's step 1", {
+        **APART, **_lora(9), "lora.rank_min": 6, "annealing.heating_rounds": 14, **_momentum(0.5, 1.0),
+    }, (5e-4,)),
+    *(
+        Arm(f"tried-full-s{step:g}", f"a `full` round, rank 24 to 12, momentum 0.5, server's step {step:g}", {
+            **APART, **PUBLISHED, **_lora(24), "lora.rank_min": 12,
+            "training.full_learning_rate": 6e-4, **_momentum(0.5, step),
+        }, (5e-4,))
+        for step in (1.0, 1.5)
+    ),
+    Arm("tried-late-exact", "rank 9 to 2 from round 26 on, exact sums, no momentum", {
+        **ANNEALED, **_lora(9), "annealing.heating_rounds": 24,
+    }, (5e-4,)),
+    Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
+        "federation.method": "rolora", **_lora(16),
+    }, (1e-3,)),
+)  # fmt: skip
+
 # One factor at a time from `sa-adapter`, at its learning rate.
 ABLATIONS: tuple[Arm, ...] = tuple(
     Arm(f"sa-adapter+{name}", about, {**ANNEALED, **changes}, follows="sa-adapter")
@@ -260,7 +313,7 @@ ABLATIONS: tuple[Arm, ...] = tuple(
     )
 )  # fmt: skip
 
-ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *LOCAL, *SEARCH, *ABLATIONS)}
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}
 FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the settings beside the core's
     ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
     ("fedavg", "fedit-r8", "sa-adapter"),
@@ -270,7 +323,7 @@ FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the se
 def arms_of(setting: str) -> Iterable[Arm]:
     """Return the arms that are run in a setting."""
     if setting in TUNED:
-        return (*CORE, *(SEARCH + ABLATIONS if setting == FIRST else ()))
+        return (*CORE, *(SEARCH + TRIED + ABLATIONS if setting == FIRST else ()))
     return [ARMS[name] for name in FACTORS[setting]] if setting in FACTORS else LOCAL
 
 
@@ -313,7 +366,7 @@ Rates = Mapping[tuple[str, str], float]
 
 def search() -> Iterator[Trial]:
     """Yield the runs that were made to find the step sizes, on held-out training data."""
-    yield from (Trial(FIRST, arm.name, arm.rates[0], 0, "validation") for arm in SEARCH)
+    yield from (Trial(FIRST, arm.name, arm.rates[0], 0, "validation") for arm in SEARCH + TRIED)
 
 
 def tuning() -> Iterator[Trial]:

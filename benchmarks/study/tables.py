@@ -28,6 +28,7 @@ from design import (
     LOCAL,
     SEARCH,
     SEEDS,
+    TRIED,
     TUNED,
     Arm,
     Trial,
@@ -114,7 +115,8 @@ def methods_table(records: Records, setting: str) -> list[str]:
     return _table(head, rows)
 
 
-SUMMARY = ("fedavg", "fedit-r16", "fedit-r8", "sa-published", "sa-full", "sa-adapter", "sa-factors")
+SUMMARY = ("fedavg", "fedavgm", "fedit-r8", "fedit-r8-momentum", "sa-published", "sa-late-full", "sa-adapter",
+           "sa-late")  # fmt: skip
 
 
 def summary_table(records: Records) -> list[str]:
@@ -152,6 +154,21 @@ def search_table(records: Records) -> list[str]:
     found = cells(records, FIRST, SEARCH, "validation")
     rows = [(cell.arm.about, f"{cell.mean('loss'):.3f}", f"{cell.mean('accuracy'):.3f}") for cell in found]
     return _table(("step sizes, rank 16 to 2", "loss", "accuracy"), rows)
+
+
+def tried_table(records: Records) -> list[str]:
+    """Return what was tried to find the server's step and the schedule, on the validation part."""
+    rows = [
+        (
+            cell.arm.about,
+            f"{cell.arm.rates[0]:g}",
+            f"{cell.mean('loss'):.3f}",
+            f"{cell.mean('accuracy'):.3f}",
+            _fewer(cell, "values"),
+        )
+        for cell in cells(records, FIRST, TRIED, "validation")
+    ]
+    return _table(("tried", "learning rate", "loss", "accuracy", "fewer values"), rows)
 
 
 def tuning_table(records: Records) -> list[str]:
@@ -277,6 +294,7 @@ TABLES: Mapping[str, Callable[[Records], list[str]]] = {
     "summary": summary_table,
     "local": local_table,
     "search": search_table,
+    "tried": tried_table,
     "tuning": tuning_table,
     "ablations": ablation_table,
     "factors": factor_table,
@@ -291,7 +309,7 @@ def rebuilt(text: str, records: Records) -> str:
 
 def draw_curves(records: Records) -> Callable[[Figure], object]:
     """Return what draws accuracy against bytes, a panel for each data set."""
-    names = ("fedavg", "fedit-r16", "fedit-r8", "sa-full", "sa-adapter")
+    names = ("fedavg", "fedit-r8", "fedit-r8-momentum", "sa-late-full", "sa-late")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(TUNED), squeeze=False)[0]
