@@ -273,6 +273,10 @@ TRIED: tuple[Arm, ...] = (
     Arm("tried-late-exact", "rank 9 to 2 from round 26 on, exact sums, no momentum", {
         **ANNEALED, **_lora(9), "annealing.heating_rounds": 24,
     }, (5e-4,)),
+    Arm("tried-full-late", "a `full` round, rank 20 to 8 from round 26 on, momentum 0.5, server's step 1", {
+        **LATE, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "training.full_learning_rate": 6e-4,
+        "server_optimizer.learning_rate": 1.0,
+    }, (5e-4,)),
     Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
         "federation.method": "rolora", **_lora(16),
     }, (1e-3,)),
