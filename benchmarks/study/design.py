@@ -174,13 +174,17 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
-    Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 from round 26 on, momentum on the server", LATE),
+    Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 late, momentum on the server", LATE),
     Arm("sa-late-bfloat16", "the same, bfloat16 on the wire", {
         **LATE, "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
     }, follows="sa-late"),
-    Arm("sa-late-full", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
+    Arm("sa-full-momentum", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
         **LATE, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
         "training.full_learning_rate": 6e-4, "server_optimizer.learning_rate": 1.0,
+    }),
+    Arm("sa-late-full", "SA-FedLoRA, a `full` round, then rank 20 to 8 late, momentum on the server", {
+        **LATE, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "training.full_learning_rate": 6e-4,
+        "server_optimizer.learning_rate": 1.0,
     }),
 )  # fmt: skip
 
@@ -251,13 +255,13 @@ TRIED: tuple[Arm, ...] = (
         )
         for beta, step, rate in SERVER_STEPS
     ),
-    Arm("tried-12-to-2", "rank 12 to 2 from round 4 on, momentum 0.5, server's step 0.7", {
+    Arm("tried-12-to-2", "rank 12 to 2 early, momentum 0.5, server's step 0.7", {
         **APART, **_momentum(0.5, 0.7),
     }, (1e-3,)),
-    Arm("tried-late-s0.7", "rank 9 to 2 from round 26 on, momentum 0.5, server's step 0.7", {
+    Arm("tried-late-s0.7", "rank 9 to 2 late, momentum 0.5, server's step 0.7", {
         **APART, **_lora(9), "annealing.heating_rounds": 24, **_momentum(0.5, 0.7),
     }, (1e-3,)),
-    Arm("tried-late-s1", "rank 9 to 2 from round 26 on, momentum 0.5, server's step 1", {
+    Arm("tried-late-s1", "rank 9 to 2 late, momentum 0.5, server's step 1", {
         **APART, **_lora(9), "annealing.heating_rounds": 24, **_momentum(0.5, 1.0),
     }, (5e-4,)),
     Arm("tried-9-to-6", "rank 9 to 6 from round 16 on, momentum 0.5, server's step 1", {
@@ -270,12 +274,8 @@ TRIED: tuple[Arm, ...] = (
         }, (5e-4,))
         for step in (1.0, 1.5)
     ),
-    Arm("tried-late-exact", "rank 9 to 2 from round 26 on, exact sums, no momentum", {
+    Arm("tried-late-exact", "rank 9 to 2 late, exact sums, no momentum", {
         **ANNEALED, **_lora(9), "annealing.heating_rounds": 24,
-    }, (5e-4,)),
-    Arm("tried-full-late", "a `full` round, rank 20 to 8 from round 26 on, momentum 0.5, server's step 1", {
-        **LATE, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "training.full_learning_rate": 6e-4,
-        "server_optimizer.learning_rate": 1.0,
     }, (5e-4,)),
     Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
         "federation.method": "rolora", **_lora(16),
