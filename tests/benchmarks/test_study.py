@@ -121,13 +121,15 @@ def test_the_table_of_methods_by_hand(tmp_path: Path) -> None:
     fedavg, ours = ARMS["fedavg"].rates, ARMS["sa-adapter"].rates
     runs = [made("fedavg", seed, a, 100_000_000, _middle(fedavg)) for seed, a in ((0, 0.70), (1, 0.74))]
     runs += [made("sa-adapter", seed, a, 1_000_000, _middle(ours)) for seed, a in ((0, 0.69), (1, 0.76))]
+    runs.append(made("fedit-r16", 0, 0.7, 8_000_000, split="validation"))
     _, _, first, second = tables.methods_table(added(tmp_path, *runs), "20newsgroups")
     assert first.split(" | ")[2:] == [
-        "0.720 ± 0.028", "0.720", "", "50 / 50", "25 M", "0.00 %", "0.00 %", "20", "16", "60", "2 |",
+        "0.720 ± 0.028", "0.720", "", "50 / 50",
+        "25 M", "0.00 %", "0.00 %", "12.50", "20", "16", "60", "2 |",
     ]  # fmt: skip
     assert second.split(" | ")[2:] == [
         "0.725 ± 0.049", "0.725", "+0.5 (-1.0, +2.0)", "0 / 0",
-        "0 M", "99.00 %", "99.00 %", "20", "16", "60", "2 |",
+        "0 M", "99.00 %", "99.00 %", "0.12", "20", "16", "60", "2 |",
     ]  # fmt: skip
 
 
