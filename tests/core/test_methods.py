@@ -86,6 +86,14 @@ def test_a_minimal_file_is_enough(name: str) -> None:
     assert (config.initiating.rounds == 0, config.annealing.schedule == "constant") == (not is_annealed,) * 2
 
 
+def test_annealing_and_a_server_optimizer_go_together_where_the_basis_lasts() -> None:
+    momentum = {"server_optimizer": {"kind": "momentum"}, "aggregation": {"kind": "factors"}}
+    tables, ignored = apply_method(
+        choose("sa-fedlora", model={"name": "m"}, data={"source": "d"}, **momentum)
+    )
+    assert (RunConfig.model_validate(tables).server_optimizer.kind, ignored) == ("momentum", ())
+
+
 @pytest.mark.parametrize("name", DEFINED)
 def test_one_override_makes_another_method_of_a_file(name: str) -> None:
     tables, _ = apply_method(
