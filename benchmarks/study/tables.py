@@ -317,7 +317,8 @@ def draw_curves(records: Records) -> Callable[[Figure], object]:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(TUNED), squeeze=False)[0]
         for axis, setting in zip(axes, TUNED, strict=True):
-            for i, cell in enumerate(cells(records, setting, [ARMS[name] for name in names], "test")):
+            for cell in cells(records, setting, [ARMS[name] for name in names], "test"):
+                i = names.index(cell.arm.name)
                 points = [[(p.sent_bytes, p.accuracy) for p in curve] for curve in cell.curves.values()]
                 sent, accuracy = np.mean(np.array(points), axis=0).T
                 look = {"color": COLORS[i], "marker": MARKERS[i], "label": cell.arm.about.replace("`", "")}
@@ -325,7 +326,7 @@ def draw_curves(records: Records) -> Callable[[Figure], object]:
             axis.set(
                 xscale="log", title=TITLES[setting], xlabel="GB sent, both directions", ylabel="test accuracy"
             )
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
 
     return draw
 
