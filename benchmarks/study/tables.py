@@ -48,7 +48,7 @@ PAGES = (ROOT / "docs/study.md", ROOT / "README.md")
 FIGURES = ROOT / "docs/figures"
 BLOCK = re.compile(r"(<!-- study: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TARGET_SHARE = 0.95
-FIXED = "fedit-r16"  # whose values do not depend on what a run is measured on
+RANK_16 = "fedit-r16"  # whose values do not depend on what a run is measured on
 TITLES = {"20newsgroups": "20 Newsgroups", "r52": "Reuters R52"}
 
 
@@ -96,7 +96,7 @@ def methods_table(records: Records, setting: str) -> list[str]:
     """Return accuracy and bytes of every arm on the test part."""
     found = cells(records, setting, CORE, "test")
     reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
-    fixed = next((run for run in records.runs.values() if (run.setting, run.arm) == (setting, FIXED)), None)
+    fixed = next((run for run in records.runs.values() if (run.setting, run.arm) == (setting, RANK_16)), None)
     head = ("method", "learning rate", "accuracy", "best", "minus FedAvg, by seed", "MB up / down",
             "values sent", "fewer", "fewer bytes", "times fixed rank 16", "MB to 95 % of its best",
             "rounds", "CPU s", "seeds")  # fmt: skip
