@@ -39,6 +39,9 @@ COMMON: Switches = {
 TUNED: Mapping[str, str] = {"20newsgroups": "20newsgroups", "r52": "reuters-r52"}  # setting -> data source
 FIRST = next(iter(TUNED))  # whose choices the settings that are not tuned take over
 LOCAL_SEED = 0
+# What examples/make_tiny_vit.py and make_tiny_lm.py write, from the root of the repository.
+VIT, LANGUAGE_MODEL = "runs/study/vit-tiny", "runs/study/tiny-lm"
+SMALL_TRAINING: Switches = {"federation.num_rounds": 20, "training.precision": "float32"}
 
 
 def client_setting(setting: str, client_id: int) -> str:
@@ -61,12 +64,31 @@ SETTINGS: Mapping[str, Switches] = {
         "federation.num_clients": 64,
         "federation.cohort_size": 8,
     },
+    "mnist": {  # from random weights, as the next: no trained ones come with a package
+        **SMALL_TRAINING,
+        "task.name": "image-classification",
+        "model.name": VIT,
+        "data.source": "mnist-5k",
+        "training.local_steps": 20,
+        "training.batch_size": 32,
+    },
+    "instructions": {
+        **SMALL_TRAINING,
+        "task.name": "causal-lm",
+        "task.packing": True,
+        "model.name": f"{LANGUAGE_MODEL}/model",
+        "data.source": f"{LANGUAGE_MODEL}/instructions.jsonl",
+        "data.label_column": "way",
+        "data.max_length": 96,
+        "lora.modules_to_save": ["model.embed_tokens", "lm_head"],
+        "training.local_steps": 8,
+        "training.batch_size": 16,
+    },
     **{
         client_setting(name, k): {
             "data.source": client_file(name, k),
             "data.test_source": source,
             "data.partition": "iid",
-            "data.validation_fraction": 0.0,
             "federation.num_clients": 1,
         }
         for name, source in TUNED.items()
@@ -143,7 +165,8 @@ FIXED: Switches = {
     "initiating.rounds": 0,
     "annealing.schedule": "constant",
 }
-CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.local_steps": 32}
+# The same examples and steps: each of the 4 is one of all 8 clients together.
+CENTRAL: Switches = {"federation.num_clients": 1, "data.partition": "iid", "training.batch_size": 64}
 FULL: Mapping[str, Any] = {"rates": FULL_RATES, "rate_key": FULL_KEY}
 
 FEDAVG: Switches = {"federation.method": "fedavg", "training.head_rate_factor": FULL_HEAD}
@@ -188,15 +211,40 @@ CORE: tuple[Arm, ...] = (
     }),
 )  # fmt: skip
 
-# What each client reaches alone.
-LOCAL: tuple[Arm, ...] = (
-    Arm("local-full", "each client alone, whole model", FEDAVG, **FULL, follows="fedavg"),
-    Arm(
-        "local-lora",
-        "a client alone, rank 16",
-        {**FEDIT, **_lora(16)},
-        follows="fedit-r16",
+# What is run on small models of random weights, which stage 1 must make fit for an adapter.
+SMALL_RATES = (1e-3, 2e-3, 4e-3)
+SMALL_ANNEALED: Switches = {
+    "federation.method": "sa-fedlora",
+    "lora.rank_max": 8,
+    "lora.rank_min": 2,
+    "initiating.scope": "full",
+    "initiating.mu": 0.0,
+    "training.full_learning_rate": 2e-3,
+    "annealing.schedule": "linear",
+    "annealing.heating_rounds": 2,
+    "annealing.cut": "freeze",
+}
+SMALL: tuple[Arm, ...] = (
+    Arm("small-fedavg", "FedAvg, whole model", {"federation.method": "fedavg"}, SMALL_RATES, FULL_KEY),
+    Arm("small-fedit-r8", "FedIT, rank 8", {**FEDIT, "lora.rank_max": 8}, SMALL_RATES),
+    *(
+        Arm(
+            f"small-sa-{rounds}",
+            f"SA-FedLoRA, {rounds} `full` round{'s' * (rounds > 1)} of 20, then rank 8 to 2",
+            {**SMALL_ANNEALED, "initiating.rounds": rounds},
+            SMALL_RATES,
+        )
+        for rounds in (1, 10)
     ),
+)
+SMALL_SETTINGS = ("mnist", "instructions")
+
+# What each client reaches alone. No mean over clients takes the noise out of its steps: they must be shorter.
+LOCAL_FULL_RATES = (5e-5, 1e-4, 3e-4)
+LOCAL_ADAPTER_RATES = (6e-5, 1.2e-4, 2.5e-4)
+LOCAL: tuple[Arm, ...] = (
+    Arm("local-full", "each client alone, whole model", FEDAVG, LOCAL_FULL_RATES, FULL_KEY),
+    Arm("local-lora", "each client alone, rank 16", {**FEDIT, **_lora(16)}, LOCAL_ADAPTER_RATES),
 )
 
 # How the step sizes of A, B and the head were found, at rank 16. Under Adam a step moves s B A by about
@@ -317,7 +365,7 @@ ABLATIONS: tuple[Arm, ...] = tuple(
     )
 )  # fmt: skip
 
-ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *SMALL, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}
 FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the settings beside the core's
     ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
     ("fedavg", "fedit-r8", "sa-adapter"),
@@ -328,6 +376,8 @@ def arms_of(setting: str) -> Iterable[Arm]:
     """Return the arms that are run in a setting."""
     if setting in TUNED:
         return (*CORE, *(SEARCH + TRIED + ABLATIONS if setting == FIRST else ()))
+    if setting in SMALL_SETTINGS:
+        return SMALL
     return [ARMS[name] for name in FACTORS[setting]] if setting in FACTORS else LOCAL
 
 
@@ -366,6 +416,7 @@ class Trial:
 
 
 Rates = Mapping[tuple[str, str], float]
+TUNING_SETTINGS = (*TUNED, *SMALL_SETTINGS, *(client_setting(name, 0) for name in TUNED))
 
 
 def search() -> Iterator[Trial]:
@@ -375,9 +426,9 @@ def search() -> Iterator[Trial]:
 
 def tuning() -> Iterator[Trial]:
     """Yield the runs that choose learning rates."""
-    for setting in TUNED:
-        for arm in CORE:
-            if arm.follows is None:
+    for setting in TUNING_SETTINGS:
+        for arm in arms_of(setting):
+            if arm.follows is None and arm in CORE + SMALL + LOCAL:
                 yield from (Trial(setting, arm.name, rate, 0, "validation") for rate in arm.rates)
 
 
@@ -404,6 +455,13 @@ def factors(rates: Rates) -> Iterator[Trial]:
             yield from (Trial(setting, arm, rates[setting, arm], seed, "test") for arm in arms)
 
 
+def small(rates: Rates) -> Iterator[Trial]:
+    """Yield the runs of small models of random weights: images, and a language model."""
+    for seed in SEEDS:
+        for setting in SMALL_SETTINGS:
+            yield from (Trial(setting, arm.name, rates[setting, arm.name], seed, "test") for arm in SMALL)
+
+
 def ablations(rates: Rates) -> Iterator[Trial]:
     """Yield the runs that change one factor, measured on held-out training data."""
     for seed in SEEDS:
@@ -413,5 +471,5 @@ def ablations(rates: Rates) -> Iterator[Trial]:
 
 def source_of_rate(setting: str, arm: str) -> tuple[str, str]:
     """Return the setting and the arm whose tuning chooses the learning rate of an arm in a setting."""
-    tuned = next((name for name in TUNED if setting == name or setting.startswith(f"{name}-client-")), FIRST)
-    return tuned, ARMS[arm].follows or arm
+    alone = (client_setting(name, 0) for name in TUNED if setting.startswith(f"{name}-client-"))
+    return next(alone, setting if setting in TUNING_SETTINGS else FIRST), ARMS[arm].follows or arm

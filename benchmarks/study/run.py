@@ -3,7 +3,7 @@
     python benchmarks/study/run.py                    # all of it
     python benchmarks/study/run.py --list             # what is left, without running it
     python benchmarks/study/run.py --quick            # every arm for two rounds, as a check; minutes
-    python benchmarks/study/run.py --stage core       # search, tuning, core, local, factors or ablations
+    python benchmarks/study/run.py --stage core       # or search, tuning, local, factors, small, ablations
     python benchmarks/study/run.py --adopt runs/a     # take in runs that were made elsewhere
 
 Each run is one process with one thread and its own run file, benchmarks/study/runs/SETTING/ARM.toml, which
@@ -27,9 +27,12 @@ from pathlib import Path
 import click
 from design import (
     ARMS,
+    LANGUAGE_MODEL,
+    LOCAL,
     LOCAL_SEED,
     SETTINGS,
     TUNED,
+    VIT,
     Rates,
     Trial,
     ablations,
@@ -39,6 +42,7 @@ from design import (
     factors,
     local,
     search,
+    small,
     tuning,
 )
 from records import RESULTS, Records, chosen_rates, record, tables_of, trial_of, write_run_file
@@ -50,7 +54,8 @@ from mpifedlora.io.run_file import resolve_run
 
 RUN_FILES = Path(__file__).parent / "runs"
 ROOT = Path(__file__).parents[2]
-STAGES = ("search", "tuning", "core", "local", "factors", "ablations")
+LOCAL_ARMS = [arm.name for arm in LOCAL]
+STAGES = ("search", "tuning", "core", "local", "factors", "small", "ablations")
 QUICK = {"federation.num_rounds": 2, "training.local_steps": 1, "evaluation.max_examples": 64,
          "initiating.rounds": 1, "annealing.heating_rounds": 0}  # fmt: skip
 # glibc would give every large gradient back to the system and fetch zeroed pages for the next.
@@ -60,7 +65,7 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "9000000000", "MALL
 def trials_of(stage: str, rates: Rates) -> list[Trial]:
     """Return a stage's runs in order."""
     fixed = {"search": search, "tuning": tuning}
-    chosen = {"core": core, "local": local, "factors": factors, "ablations": ablations}
+    chosen = {"core": core, "local": local, "factors": factors, "small": small, "ablations": ablations}
     return list(fixed[stage]() if stage in fixed else chosen[stage](rates))
 
 
@@ -93,6 +98,13 @@ def write_client_files(setting: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"text": text, "label": data.label_names[label]}) for text, label in rows]
         file.write_text("\n".join(lines) + "\n")
+
+
+def write_models() -> None:
+    """Write the small models of random weights, and the instructions, where they are missing."""
+    for script, folder in (("make_tiny_vit.py", VIT), ("make_tiny_lm.py", LANGUAGE_MODEL)):
+        if not (ROOT / folder).exists():
+            subprocess.run([sys.executable, f"examples/{script}", folder], cwd=ROOT, check=True)
 
 
 def run_trial(trial: Trial, out: Path, quick: bool) -> tuple[Path, float]:
@@ -170,9 +182,11 @@ def main(
             trials = list({replace(trial, seed=0, rate=ARMS[trial.arm].rates[0]): None for trial in trials})
         left = [trial for trial in trials if quick or not records.has(trial)]
         click.echo(f"{name}: {len(trials) - len(left)} of {len(trials)} runs are there")
-        if name == "local" and left and not is_list:
+        if not is_list and any(trial.arm in LOCAL_ARMS for trial in left):
             for setting in TUNED:
                 write_client_files(setting)
+        if not is_list and any(trial.arm.startswith("small") for trial in left):
+            write_models()
         if is_list:
             click.echo("".join(f"  {trial.name}\n" for trial in left), nl=False)
         else:

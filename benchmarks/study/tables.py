@@ -28,10 +28,14 @@ from design import (
     LOCAL,
     SEARCH,
     SEEDS,
+    SMALL,
+    SMALL_SETTINGS,
     TRIED,
     TUNED,
+    TUNING_SETTINGS,
     Arm,
     Trial,
+    arms_of,
     client_setting,
     tuning,
 )
@@ -49,7 +53,10 @@ FIGURES = ROOT / "docs/figures"
 BLOCK = re.compile(r"(<!-- study: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TARGET_SHARE = 0.95
 RANK_16 = "fedit-r16"  # whose values do not depend on what a run is measured on
-TITLES = {"20newsgroups": "20 Newsgroups", "r52": "Reuters R52"}
+TITLES = {
+    "20newsgroups": "20 Newsgroups", "r52": "Reuters R52", "mnist": "MNIST", "instructions": "Instructions",
+    **{client_setting(name, 0): f"a client of {name}" for name in TUNED},
+}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -82,7 +89,11 @@ def local_table(records: Records) -> list[str]:
     for setting in TUNED:
         for arm in LOCAL:
             alone = [client_setting(setting, k) for k in range(COMMON["federation.num_clients"])]
-            runs = [run for run in records.runs.values() if run.setting in alone and run.arm == arm.name]
+            runs = [
+                run
+                for run in records.runs.values()
+                if run.setting in alone and (run.arm, run.split) == (arm.name, "test")
+            ]
             if runs:
                 values = [run.accuracy for run in runs]
                 spread = f"{min(values):.3f} to {max(values):.3f}"
@@ -94,8 +105,8 @@ def local_table(records: Records) -> list[str]:
 
 def methods_table(records: Records, setting: str) -> list[str]:
     """Return accuracy and bytes of every arm on the test part."""
-    found = cells(records, setting, CORE, "test")
-    reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
+    found = cells(records, setting, SMALL if setting in SMALL_SETTINGS else CORE, "test")
+    reference = next((cell for cell in found if cell.arm.name.endswith("fedavg")), None)
     fixed = next((run for run in records.runs.values() if (run.setting, run.arm) == (setting, RANK_16)), None)
     head = ("method", "learning rate", "accuracy", "best", "minus FedAvg, by seed", "MB up / down",
             "values sent", "fewer", "fewer bytes", "times fixed rank 16", "MB to 95 % of its best",
@@ -177,8 +188,8 @@ def tried_table(records: Records) -> list[str]:
 def tuning_table(records: Records) -> list[str]:
     """Return loss and accuracy on the validation part of every learning rate that was tried."""
     rows = []
-    for setting in TUNED:
-        for arm in CORE:
+    for setting in TUNING_SETTINGS:
+        for arm in arms_of(setting):
             runs = [
                 records.runs[t]
                 for t in tuning()
@@ -293,7 +304,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 TABLES: Mapping[str, Callable[[Records], list[str]]] = {
-    **{f"methods-{name}": lambda records, name=name: methods_table(records, name) for name in TUNED},
+    **{
+        f"methods-{name}": lambda records, name=name: methods_table(records, name)
+        for name in (*TUNED, *SMALL_SETTINGS)
+    },
     "summary": summary_table,
     "local": local_table,
     "search": search_table,

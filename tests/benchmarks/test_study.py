@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import run as study
 import tables
-from design import ARMS, CORE, SEEDS, Trial, ablations, core, factors, local, search, tuning
+from design import ARMS, CORE, SEEDS, Trial, ablations, core, factors, local, search, small, tuning
 from records import Point, Record, Records, chosen_rates, digest_of, tables_of
 
 from mpifedlora.io.run_file import read_run_file, resolve_run
@@ -91,7 +91,7 @@ def test_a_run_file_with_its_overrides_is_the_trial() -> None:
 
 def test_every_trial_can_be_run() -> None:
     rates = chosen_rates(Records())
-    reported = [*core(rates), *local(rates), *factors(rates)]
+    reported = [*core(rates), *local(rates), *factors(rates), *small(rates)]
     assert len({digest_of(trial) for trial in reported}) == len(reported)
     for trial in {*reported, *search(), *tuning(), *ablations(rates)}:
         assert resolve_run(tables_of(trial), {}).config.federation.seed == trial.seed
