@@ -111,7 +111,7 @@ class PackageServer:
 
     def _transfer(self) -> tuple[list[UpdateHeader], list[Tensor]]:
         plan = self.coordinator.next_plan
-        self.transport.broadcast(plan, self.coordinator.wire, takes_rows=True)
+        self.transport.broadcast(plan, self.coordinator.wire, takes="rows")
         return self.transport.collect_headers(plan), self.transport.collect_rows(plan)
 
     def transfer(self) -> None:
@@ -120,14 +120,14 @@ class PackageServer:
 
     def begin_pipeline(self) -> None:
         """Run the first round of a pipeline, which a broadcast begins; the round before begins later ones."""
-        self.transport.broadcast(self.coordinator.next_plan, self.coordinator.wire)
+        self.transport.broadcast(self.coordinator.next_plan, self.coordinator.wire, takes="parts")
         self.round()
 
     def round(self) -> None:
         """Collect, take the mean and broadcast it, in a pipeline."""
         plan, received = self.coordinator.next_plan, self.coordinator.wire
         stream = self.coordinator.stream(self.transport.collect_headers(plan))
-        self.transport.stream(plan, stream)
+        self.transport.stream(plan, stream, takes="parts")
         self.coordinator.commit(stream)
         self.coordinator.spare = received  # as the package's server does
 

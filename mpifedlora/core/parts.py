@@ -86,17 +86,30 @@ def parts_of(
         part_bytes: of one row in a part; a larger piece is a part of its own. By default what the cache
             holds of all rows, 512 KiB to 3 MiB, and at least the largest module.
     """
-    row = plan.shared_layout(shapes)
-    sizes = piece_bytes(wire.uplink, row)
-    if part_bytes is None:
-        part_bytes = max(_cached_bytes(len(plan.cohort)), largest_module_bytes(plan, shapes, wire))
-    borders = list(_borders(sizes, part_bytes))
-    offsets = [0, *itertools.accumulate(sizes)]
+    borders, offsets = _cuts(plan, shapes, wire, part_bytes)
     spans = _downlink_spans(following, shapes, wire, borders)
     return [
         _part(first, last, offsets, downlink)
         for (first, last), downlink in zip(itertools.pairwise(borders), spans, strict=True)
     ]
+
+
+def uplink_spans(
+    plan: RoundPlan, shapes: ModelShapes, wire: WireFormat, part_bytes: int | None
+) -> list[Span]:
+    """Return the bytes that each part sends of every row: they do not depend on the next round."""
+    borders, offsets = _cuts(plan, shapes, wire, part_bytes)
+    return [_outward(offsets[first], offsets[last]) for first, last in itertools.pairwise(borders)]
+
+
+def _cuts(
+    plan: RoundPlan, shapes: ModelShapes, wire: WireFormat, part_bytes: int | None
+) -> tuple[list[int], list[int]]:
+    """Return the pieces with which parts begin, and where each piece begins in a row, in bytes."""
+    sizes = piece_bytes(wire.uplink, plan.shared_layout(shapes))
+    if part_bytes is None:
+        part_bytes = max(_cached_bytes(len(plan.cohort)), largest_module_bytes(plan, shapes, wire))
+    return list(_borders(sizes, part_bytes)), [0, *itertools.accumulate(sizes)]
 
 
 def _part(first: int, last: int, offsets: Sequence[int], downlink: tuple[Span, ...]) -> Part:

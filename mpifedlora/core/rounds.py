@@ -124,10 +124,9 @@ class Coordinator:
         """Return what clients have trained, from the bytes of their rows."""
         return list(map(self._combination().update, headers, rows))
 
-    @property
-    def streams(self) -> bool:
-        """Whether the round can be finished in parts: the next plan follows from what is known now."""
-        plan, switches = self.next_plan, self.switches
+    def streams(self, plan: RoundPlan) -> bool:
+        """Say whether a round can be finished in parts: the next plan follows from what is known before."""
+        switches = self.switches
         following = switches.round_scope(min(plan.round_num + 1, switches.schedule.num_rounds))
         return switches.is_local and (plan.scope == "full") == (following == "full") and not plan.reduces
 

@@ -27,7 +27,7 @@ from mpifedlora.io.results_schema import Baselines, RoundRow
 from mpifedlora.runtime.rows import columns_by_client, late_updates, measured, seconds_of_row
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.runtime.stopwatch import Stopwatch
-from mpifedlora.transport.base import ServerTransport
+from mpifedlora.transport.base import ServerTransport, Takes
 
 T = TypeVar("T")
 
@@ -182,8 +182,7 @@ class Server:
 
     def _broadcast(self, plan: RoundPlan, wire: Tensor) -> None:
         if self._announced is None:
-            takes_rows = not plan.reduces and not self._takes_parts(plan)
-            self.transport.broadcast(plan, wire, takes_rows=takes_rows)
+            self.transport.broadcast(plan, wire, takes=self._takes(plan))
         self._announced = None
 
     def _held_out(self, plan: RoundPlan) -> Metrics:
@@ -245,7 +244,12 @@ class Server:
         """Say whether a round's rows may be taken in by parts."""
         coordinator = self.coordinator
         is_worth_it = pays(plan, coordinator.shapes, coordinator.switches.wire, self.part_bytes)
-        return self.pipelines and coordinator.streams and is_worth_it
+        return self.pipelines and coordinator.streams(plan) and is_worth_it
+
+    def _takes(self, plan: RoundPlan) -> Takes:
+        if plan.reduces:
+            return ""
+        return "parts" if self._takes_parts(plan) else "rows"
 
     def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
         evaluates = self._is_due(plan.round_num) and self.evaluates_on_workers
@@ -253,7 +257,7 @@ class Server:
         aggregate_s = 0.0
         while True:
             stream = self.coordinator.stream(headers, self.part_bytes, **options)
-            aggregate_s += self.transport.stream(plan, stream)
+            aggregate_s += self.transport.stream(plan, stream, takes=self._takes(stream.announced))
             if not stream.refused:
                 self._announced = stream.announced
                 return self.coordinator.commit(stream), aggregate_s

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mpifedlora.core.agreement import Status
 
@@ -28,6 +28,11 @@ EXIT_RESUMABLE = 75
 
 ORDER_BYTES = 8
 """Of the record that says what comes next, before the plan in it."""
+
+Takes = Literal["", "rows", "parts"]
+"""What is known beforehand of how a round's rows will be collected: nothing, whole, or in parts.
+
+Then they, or their first parts, come right behind the headers, without waiting for an order."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,14 @@ class ServerTransport(Protocol):
     can_stream: bool
     is_fault_tolerant: bool
 
-    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes_rows: bool = False) -> None:
+    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes: Takes = "") -> None:
         """Send a plan and the bytes of its message to every worker.
 
         Args:
             plan: of the round.
             wire: bytes of its message.
-            takes_rows: whether it is known already that rows will be collected whole: then they come right
-                behind the headers, without waiting for an order.
+            takes: how its rows will be collected. Where parts were announced they may be collected whole
+                after all, which costs the first parts.
         """
 
     def collect_predictions(
@@ -101,8 +106,14 @@ class ServerTransport(Protocol):
     def collect_sum(self, total: Tensor) -> None:
         """Add up what the workers have summed into `total` (row values,) float32 or float64."""
 
-    def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
-        """Take in a round part by part, while the next message goes out; return the seconds aggregated."""
+    def stream(self, plan: RoundPlan, stream: RoundStream, *, takes: Takes = "") -> float:
+        """Take in a round part by part, while the next message goes out; return the seconds aggregated.
+
+        Args:
+            plan: of the round.
+            stream: its parts, and where they go.
+            takes: how the next round's rows will be collected.
+        """
 
     def repair(self) -> list[int]:
         """Go on with the workers that live, after a WorkerLost; return the ids that the lost ones had.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpifedlora.core.agreement import Status
-from mpifedlora.transport.base import ORDER_BYTES, NodePlace, TrainsClients, own_cores
+from mpifedlora.transport.base import ORDER_BYTES, NodePlace, Takes, TrainsClients, own_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,10 @@ class InProcessTransport:
         self._order_bytes = self._row_order_bytes = 0  # what orders would be over MPI
         self._rows: list[UpdateRows] = []
 
-    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes_rows: bool = False) -> None:
+    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes: Takes = "") -> None:
         """Hand plan and message to every worker; the message is shared, not copied."""
         order_bytes = self.num_workers * (ORDER_BYTES + plan.pack().nbytes)
-        self._row_order_bytes = 0 if takes_rows else order_bytes
+        self._row_order_bytes = 0 if takes == "rows" else order_bytes
         self._order_bytes = order_bytes
         self.bytes_crossed += order_bytes + self.num_workers * wire.nbytes
         if not plan.stops:
@@ -80,7 +80,7 @@ class InProcessTransport:
             total.add_(rows.total)
         self.bytes_crossed += self._order_bytes + self.num_workers * total.nbytes
 
-    def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
+    def stream(self, plan: RoundPlan, stream: RoundStream, *, takes: Takes = "") -> float:
         """Never called: there is no wire to hide anything behind."""
         raise NotImplementedError
 

@@ -68,7 +68,7 @@ def _serve(end: MpiServer, plan: Any, shapes: Any, wire: Any) -> int:
     values = wire.as_message(plan, shapes, message)
     values.copy_(torch.arange(len(values)))
     started = time.perf_counter()
-    end.broadcast(plan, message, takes_rows=True)
+    end.broadcast(plan, message, takes="rows")
     end.collect_headers(plan)
     rows = end.collect_rows(plan)
     seconds = time.perf_counter() - started

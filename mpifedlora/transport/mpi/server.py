@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mpifedlora.errors import RunLost
-from mpifedlora.transport.base import ORDER_BYTES, NodePlace
+from mpifedlora.transport.base import ORDER_BYTES, NodePlace, Takes
 from mpifedlora.transport.mpi.endpoint import Endpoint, Order, pieces_of
 from mpifedlora.transport.mpi.survival import survivable
 from mpifedlora.transport.mpi.waiting import wait, wait_busily
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch import Tensor
 
-    from mpifedlora.core.parts import Part
+    from mpifedlora.core.parts import Span
     from mpifedlora.core.plan import RoundPlan
     from mpifedlora.core.streaming import RoundStream
     from mpifedlora.core.wire import UpdateHeader
@@ -42,21 +42,20 @@ class MpiServer(Endpoint):
         self._headers = np.zeros((0, 0), np.uint8)
         self._landing: _Landing | None = None
         self._then = Order.NONE  # what the last order has announced
+        self._ahead: deque[MPI.Request] = deque()  # first parts of a round, before the order for them
 
     @survivable
-    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes_rows: bool = False) -> None:
+    def broadcast(self, plan: RoundPlan, wire: Tensor, *, takes: Takes = "") -> None:
         """Send a plan and its message, whole units of bytes, to every worker."""
         if plan.stops:
             return self._dismiss(plan)
-        self._order(Order.MESSAGE, plan, Order.ROWS if takes_rows and plan.cohort else Order.NONE)
+        self._order(Order.MESSAGE, plan, _announcement(plan, takes))
         if wire.numel():
             from mpifedlora.core.buffers import as_bytes
 
             self.bytes_crossed += self.num_workers * wire.nbytes
-            self.comm.Bcast(self._units(as_bytes(wire)))
-        if self._then is Order.ROWS:
-            self._expect(plan)  # while the workers train
-            self._land(plan)
+            self._broadcast_whole(as_bytes(wire))
+        self._make_ready(plan)  # while the workers train
 
     def _dismiss(self, plan: RoundPlan, *, is_told: bool = False) -> None:
         """Tell everybody who lives that the run is over, and wait until they know."""
@@ -71,10 +70,10 @@ class MpiServer(Endpoint):
                 return
             is_told = False
 
-    def _try_order(self, order: Order, plan: RoundPlan | None = None) -> None:
+    def _try_order(self, order: Order, plan: RoundPlan | None = None, then: Order = Order.NONE) -> None:
         """Send an order, and leave it to the next step to say that not everybody may have got it."""
         try:
-            self._order(order, plan)
+            self._order(order, plan, then)
         except self._mpi.Exception:
             if not self.is_fault_tolerant:
                 raise
@@ -104,6 +103,12 @@ class MpiServer(Endpoint):
         sizes = [0, *(received.itemsize * width * count for count in counts)]
         self.comm.Gatherv(self._mpi.IN_PLACE, [as_bytes(received), sizes, None, self._mpi.BYTE])
         return list(torch.split(received, list(counts)))
+
+    def _make_ready(self, plan: RoundPlan) -> None:
+        if self._then is not Order.NONE:
+            self._expect(plan)
+        if self._then is Order.ROWS:
+            self._land(plan)
 
     def _expect(self, plan: RoundPlan) -> None:
         """Make ready what the headers of a round come into."""
@@ -143,7 +148,7 @@ class MpiServer(Endpoint):
         self._ahead_bytes = 0
         if not plan.cohort:
             return []
-        if self._then is not Order.ROWS:
+        if self._then is Order.NONE:
             self._expect(plan)
         clients, headers = self._cohort.clients, self._headers
         self.bytes_crossed += headers.nbytes
@@ -151,6 +156,8 @@ class MpiServer(Endpoint):
         trained = self._begun(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE]))
         if self._then is Order.ROWS:
             self._begun(self.comm.Igatherv(*self._land(plan).target))
+        if self._then is Order.STREAM:
+            self._ahead = self._gather_first(self._uplink_spans(plan))
         wait(trained)
         return read_headers(headers, plan, clients, self._row_bytes(plan))
 
@@ -163,6 +170,8 @@ class MpiServer(Endpoint):
     @survivable
     def collect_rows(self, plan: RoundPlan) -> list[Tensor]:
         """Return the bytes of every row, in the order of the headers; they hold until the next collect."""
+        if self._ahead:
+            self._let_in(plan)
         landing = self._land(plan)
         if self._then is not Order.ROWS:
             self._order(Order.ROWS)
@@ -170,6 +179,13 @@ class MpiServer(Endpoint):
         wait_busily(self._requests)
         self.bytes_crossed += landing.num_bytes
         return landing.rows
+
+    def _let_in(self, plan: RoundPlan) -> None:
+        """Wait for the first parts that were announced: they come in where the rows will."""
+        spans = self._uplink_spans(plan)[: len(self._ahead)]
+        self.bytes_crossed += len(self._cohort.clients) * sum(span.size for span in spans)
+        wait_busily(self._ahead)
+        self._ahead.clear()
 
     def _fitting(self, size: int) -> Tensor:
         from mpifedlora.core.buffers import byte_buffer
@@ -193,7 +209,7 @@ class MpiServer(Endpoint):
             self.comm.Reduce(self._mpi.IN_PLACE, piece)
 
     @survivable
-    def stream(self, plan: RoundPlan, stream: RoundStream) -> float:
+    def stream(self, plan: RoundPlan, stream: RoundStream, *, takes: Takes = "") -> float:
         """Take in a round part by part, while what is aggregated goes out; return the seconds aggregated.
 
         The workers keep what they have received only if no update was refused.
@@ -203,9 +219,9 @@ class MpiServer(Endpoint):
         before = self.bytes_crossed
         self._order(Order.STREAM, stream.announced)
         parts, clients = stream.parts, self._cohort.clients
-        buffers = self._part_buffers(parts, len(clients))
-        pairs = zip(parts, buffers, strict=False)
-        gathers = deque(self._gather_part(part, buffer) for part, buffer in pairs)
+        spans = [part.uplink for part in parts]
+        buffers = self._part_buffers(spans)
+        gathers, self._ahead = self._ahead or self._gather_first(spans), deque()
         message = as_bytes(stream.wire)
         broadcasts: list[MPI.Request] = []
         aggregate_s = 0.0
@@ -218,15 +234,17 @@ class MpiServer(Endpoint):
             aggregate_s += time.perf_counter() - started
             broadcasts += self._broadcast_part(part, message)
             if index + len(buffers) < len(parts):
-                gathers.append(self._gather_part(parts[index + len(buffers)], buffer))
+                gathers.append(self._gather_part(spans[index + len(buffers)], buffer))
         self._mpi.Request.Waitall(broadcasts)
-        self._end_stream(stream, len(clients), before)
+        self._end_stream(stream, takes, before)
         return aggregate_s
 
-    def _end_stream(self, stream: RoundStream, num_clients: int, before: int) -> None:
+    def _end_stream(self, stream: RoundStream, takes: Takes, before: int) -> None:
         sent = self.num_workers * sum(span.size for part in stream.parts for span in part.downlink)
         ahead = self.bytes_crossed - before + sent  # the order is the next round's too
-        self.bytes_crossed = before + num_clients * sum(part.uplink.size for part in stream.parts)
+        self.bytes_crossed = before + len(self._cohort.clients) * sum(
+            part.uplink.size for part in stream.parts
+        )
         if stream.refused or not stream.announced.cohort:  # then no round comes that counts it
             self.bytes_crossed += ahead
         else:
@@ -234,27 +252,33 @@ class MpiServer(Endpoint):
         if stream.refused:
             return
         # From here on the round holds, also where some do not hear of it: they get the next plan again.
-        self._try_order(Order.COMMIT)
+        self._try_order(Order.COMMIT, then=_announcement(stream.announced, takes))
         if stream.announced.stops:
             self._dismiss(stream.announced, is_told=True)
+        else:
+            self._make_ready(stream.announced)
 
     def _forget(self) -> list[Any]:
         self.bytes_crossed += self._ahead_bytes
         self._ahead_bytes = 0
+        self._ahead.clear()
         kept = [self._headers, self._buffer]
         self._headers, self._buffer, self._landing = np.zeros((0, 0), np.uint8), None, None
         return kept
 
-    def _part_buffers(self, parts: Sequence[Part], num_clients: int) -> list[Tensor]:
+    def _part_buffers(self, spans: Sequence[Span]) -> list[Tensor]:
         from mpifedlora.core.parts import IN_FLIGHT
 
-        depth = min(IN_FLIGHT, len(parts))
-        size = num_clients * max(part.uplink.size for part in parts)
+        depth = min(IN_FLIGHT, len(spans))
+        size = len(self._cohort.clients) * max(span.size for span in spans)
         whole = self._fitting(depth * size)
         return [whole[index * size : (index + 1) * size] for index in range(depth)]
 
-    def _gather_part(self, part: Part, buffer: Tensor) -> MPI.Request:
-        counts = [count * part.uplink.size for count in self._cohort.counts]
+    def _gather_first(self, spans: Sequence[Span]) -> deque[MPI.Request]:
+        return deque(map(self._gather_part, spans, self._part_buffers(spans)))
+
+    def _gather_part(self, span: Span, buffer: Tensor) -> MPI.Request:
+        counts = [count * span.size for count in self._cohort.counts]
         return self._begun(self.comm.Igatherv(*self._target(counts, buffer)))
 
 
@@ -292,6 +316,12 @@ class _Cohort(NamedTuple):
         clients = sorted(cohort, key=workers.__getitem__)  # stable: by client within a worker
         counts = Counter(workers)
         return _Cohort(tuple(clients), tuple(counts[worker_id] for worker_id in range(num_workers)))
+
+
+def _announcement(plan: RoundPlan, takes: Takes) -> Order:
+    if plan.stops or not plan.cohort:
+        return Order.NONE
+    return {"": Order.NONE, "rows": Order.ROWS, "parts": Order.STREAM}[takes]
 
 
 def _poke(requests: Sequence[MPI.Request]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpifedlora.core.agreement import Bytes
-    from mpifedlora.core.parts import Part
+    from mpifedlora.core.parts import Span
     from mpifedlora.core.plan import RoundPlan
     from mpifedlora.core.wire import UpdateRows
 
@@ -64,7 +65,7 @@ class MpiWorker(Endpoint):
             # The round that the message in hand began is over: the next may lie where it lay.
             message = self._fitting(plan, self._message)
             if len(message.bytes):
-                self.comm.Bcast(self._units(message.bytes))
+                self._broadcast_whole(message.bytes)
             self._ahead = plan, message
         (self._plan, message), self._ahead = self._ahead, None
         if message is not self._message:
@@ -118,30 +119,36 @@ class MpiWorker(Endpoint):
             wait(self._gather_rows(rows), len(rows.bytes))
             headers.Wait()
             return
+        assert self._plan is not None
+        ahead = self._gather_first(rows, self._uplink_spans(self._plan)) if self._then is Order.STREAM else []
         order, following = self._order(Order.ROWS, Order.SUM, Order.STREAM)
         headers.Wait()
         while order is Order.STREAM and following is not None:
-            received = self._stream(rows, following)
+            received = self._stream(rows, following, ahead)
+            ahead = []
             order, following = self._order(Order.COMMIT, Order.STREAM)
             if order is Order.COMMIT:
                 self._ahead = received
         if order is Order.ROWS:
-            wait_busily([self._gather_rows(rows)])
+            wait_busily([*ahead, self._gather_rows(rows)])
         if order is Order.SUM:
             for piece in pieces_of(rows.total.numpy()):
                 self.comm.Reduce(piece, None)
 
-    def _stream(self, rows: UpdateRows, following: RoundPlan) -> tuple[RoundPlan, _Message]:
+    def _stream(
+        self, rows: UpdateRows, following: RoundPlan, ahead: list[MPI.Request]
+    ) -> tuple[RoundPlan, _Message]:
         from mpifedlora.core.parts import IN_FLIGHT
 
         assert self._plan is not None
         # The message in hand counts until the stream is committed.
         message, parts = self._fitting(following, self._spare), self._parts(self._plan, following)
         # The same calls in the same order as on the server; both ends' buffers are whole all the time.
-        requests = [self._gather_part(rows, part) for part in parts[:IN_FLIGHT]]
+        spans = [part.uplink for part in parts]
+        requests = ahead or self._gather_first(rows, spans)
         for index, part in enumerate(parts):
             requests += self._broadcast_part(part, message.bytes)
-            requests += [self._gather_part(rows, later) for later in parts[index + IN_FLIGHT :][:1]]
+            requests += [self._gather_part(rows, later) for later in spans[index + IN_FLIGHT :][:1]]
         wait_busily(requests)
         return following, message
 
@@ -149,15 +156,20 @@ class MpiWorker(Endpoint):
         rows.settle(len(rows.bytes))
         return self._begun(self.comm.Igatherv(self._units(rows.bytes), None))
 
-    def _gather_part(self, rows: UpdateRows, part: Part) -> MPI.Request:
+    def _gather_first(self, rows: UpdateRows, spans: Sequence[Span]) -> list[MPI.Request]:
+        from mpifedlora.core.parts import IN_FLIGHT
+
+        return [self._gather_part(rows, span) for span in spans[:IN_FLIGHT]]
+
+    def _gather_part(self, rows: UpdateRows, span: Span) -> MPI.Request:
         from mpifedlora.core.buffers import UNIT_BYTES, padded
 
-        rows.settle(part.uplink.stop)
+        rows.settle(span.stop)
         if len(rows) <= 1:
-            span = rows.bytes[part.uplink.start : part.uplink.stop]
-            return self._begun(self.comm.Igatherv(self._units(span), None))
+            piece = rows.bytes[span.start : span.stop]
+            return self._begun(self.comm.Igatherv(self._units(piece), None))
         stride = padded(rows.sizes[0]) // UNIT_BYTES
-        strided = self._unit.Create_vector(len(rows), part.uplink.size // UNIT_BYTES, stride).Commit()
-        request = self._begun(self.comm.Igatherv([rows.bytes[part.uplink.start :], 1, strided], None))
+        strided = self._unit.Create_vector(len(rows), span.size // UNIT_BYTES, stride).Commit()
+        request = self._begun(self.comm.Igatherv([rows.bytes[span.start :], 1, strided], None))
         strided.Free()  # MPI keeps it until the request is done
         return request

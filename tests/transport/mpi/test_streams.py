@@ -38,6 +38,7 @@ class Case:
     part_bytes: int | None = None
     spoiled: int | None = None  # round in which one update is not finite, though its header says so
     plain: tuple[int, ...] = ()  # rounds that are not streamed
+    announced: str = ""  # nothing, what will be, or `parts` in every round, also where rows are taken whole
 
     def __str__(self):
         return "-".join(str(value) for value in vars(self).values())
@@ -45,6 +46,13 @@ class Case:
     @property
     def wire(self):
         return WireFormat(self.uplink, self.downlink, seed=5)
+
+    def takes(self, round_num):
+        return (
+            "rows"
+            if self.announced == "what will be" and round_num in self.plain
+            else self.announced and "parts"
+        )
 
     def coordinator(self, num_workers):
         # Five clients of six, three on one worker: others have one, or none.
@@ -111,7 +119,7 @@ def drive(case, endpoint, coordinator):
     for round_num in range(1, NUM_ROUNDS + 1):
         plan = coordinator.plan()
         if not is_sent:
-            endpoint.broadcast(plan, coordinator.wire)
+            endpoint.broadcast(plan, coordinator.wire, takes=case.takes(round_num))
         headers = endpoint.collect_headers(plan)
         is_sent = round_num not in case.plain
         if is_sent:
@@ -127,10 +135,10 @@ def drive(case, endpoint, coordinator):
 
 def stream(case, endpoint, coordinator, plan, headers):
     for tries in itertools.count(1):
-        assert coordinator.streams
+        assert coordinator.streams(plan)
         is_last = plan.round_num == NUM_ROUNDS
         stream = coordinator.stream(headers, case.part_bytes, stops=is_last)
-        assert endpoint.stream(plan, stream) >= 0
+        assert endpoint.stream(plan, stream, takes=case.takes(plan.round_num + 1)) >= 0
         if not stream.refused:
             return coordinator.commit(stream), tries
         left_out = stream.refused
@@ -177,6 +185,12 @@ CASES = [
     Case("factors", part_bytes=400, uplink="float16", downlink="float16"),
     Case(scope="full", part_bytes=1),
     Case(scope="full", part_bytes=1, uplink="int8", downlink="int8", spoiled=1),
+    Case(announced="parts"),
+    Case(part_bytes=1, announced="parts"),
+    Case(part_bytes=1, spoiled=2, announced="parts"),
+    Case(part_bytes=816, plain=(1, 3), announced="parts"),
+    Case(part_bytes=1, plain=(2, 4), announced="what will be"),
+    Case(scope="full", part_bytes=1, uplink="int8", downlink="int8", spoiled=1, announced="parts"),
 ]
 
 
@@ -213,6 +227,7 @@ def sent_units(sizes):
         Case(part_bytes=1, spoiled=4),
         Case(part_bytes=1, uplink="int8", downlink="bfloat16"),
         Case(scope="full", part_bytes=1),
+        Case(part_bytes=1, spoiled=2, announced="parts"),
     ],
     ids=str,
 )

@@ -96,8 +96,8 @@ def make_message(wire, plan):
     return message
 
 
-def one_round(transport, plan, message, takes_rows):
-    transport.broadcast(plan, message, takes_rows=takes_rows)
+def one_round(transport, plan, message, takes):
+    transport.broadcast(plan, message, takes=takes)
     predictions = transport.collect_predictions([i + 1 for i in range(transport.num_workers)])
     headers = transport.collect_headers(plan)
     rows = transport.collect_rows(plan) if headers else []
@@ -131,13 +131,13 @@ def test_same_bits_and_bytes_as_in_one_process(comm, kind, wire):
         assert len(places) == 1
         return
     twin = InProcessTransport([Echo(worker_id, wire) for worker_id in range(endpoint.num_workers)])
-    for takes_rows in (False, True):
-        assert one_round(endpoint, plan, message, takes_rows) == one_round(twin, plan, message, takes_rows)
+    for takes in ("", "rows"):
+        assert one_round(endpoint, plan, message, takes) == one_round(twin, plan, message, takes)
     assert endpoint.bytes_crossed == twin.bytes_crossed
 
 
-@pytest.mark.parametrize("takes_rows", [False, True])
-def test_bytes_crossed_by_hand(comm, takes_rows):
+@pytest.mark.parametrize("takes", ["", "rows"])
+def test_bytes_crossed_by_hand(comm, takes):
     if comm.size == 1:
         return
     endpoint = mpi.connect(comm)
@@ -149,14 +149,14 @@ def test_bytes_crossed_by_hand(comm, takes_rows):
         worker.receive(*endpoint.receive())
         endpoint.submit(worker.train())
         return
-    endpoint.broadcast(plan, message, takes_rows=takes_rows)
+    endpoint.broadcast(plan, message, takes=takes)
     order = ORDER_BYTES + plan_bytes(2, 4)
     # 2 * (5 + 7) + 3 * (9 + 4) values and the head, and before them the frozen direction of q: 81 in all.
     assert endpoint.bytes_crossed == endpoint.num_workers * (order + padded(4 * 81))
     endpoint.collect_headers(plan)
     endpoint.collect_rows(plan)
     sent_up = 4 * (HEADER_BYTES + padded(4 * 69))
-    orders = order if takes_rows else 2 * order
+    orders = order if takes == "rows" else 2 * order
     assert endpoint.bytes_crossed == endpoint.num_workers * (orders + padded(4 * 81)) + sent_up
 
 
