@@ -184,7 +184,7 @@ CORE: tuple[Arm, ...] = (
     Arm("fedit-r16", "FedIT, rank 16", {**FEDIT, **_lora(16)}),
     Arm("fedit-r8", "FedIT, rank 8: the bytes of SA-FedLoRA", {**FEDIT, **_lora(8)}),
     Arm("fedit-r8-momentum", "FedIT, rank 8, momentum on the server", {**FIXED, **_lora(8), **MOMENTUM}),
-    Arm("fedit-r2", "FedIT, rank 2", {**FEDIT, **_lora(2)}, follows="fedit-r16"),
+    Arm("fedit-r2", "FedIT, rank 2", {**FEDIT, **_lora(2)}, (5e-4, 1e-3, 2e-3)),  # the best rate falls with the rank
     Arm("ffa-lora", "FFA-LoRA, rank 16", {"federation.method": "ffa-lora", **_lora(16)}),
     Arm("flora", "FLoRA, rank 16", {"federation.method": "flora", **_lora(16)}),
     Arm("fedex-lora", "FedEx-LoRA, rank 16", {"federation.method": "fedex-lora", **_lora(16)}),
@@ -324,6 +324,10 @@ TRIED: tuple[Arm, ...] = (
     ),
     Arm("tried-late-exact", "rank 9 to 2 late, exact sums, no momentum", {
         **ANNEALED, **_lora(9), "annealing.heating_rounds": 24,
+    }, (5e-4,)),
+    Arm("tried-full-late-exact", "a `full` round, rank 20 to 8 late, exact sums, no momentum", {
+        **ANNEALED, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "annealing.heating_rounds": 24,
+        "training.full_learning_rate": 6e-4,
     }, (5e-4,)),
     Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
         "federation.method": "rolora", **_lora(16),
