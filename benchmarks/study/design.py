@@ -184,7 +184,7 @@ CORE: tuple[Arm, ...] = (
     Arm("fedit-r16", "FedIT, rank 16", {**FEDIT, **_lora(16)}),
     Arm("fedit-r8", "FedIT, rank 8: the bytes of SA-FedLoRA", {**FEDIT, **_lora(8)}),
     Arm("fedit-r8-momentum", "FedIT, rank 8, momentum on the server", {**FIXED, **_lora(8), **MOMENTUM}),
-    Arm("fedit-r2", "FedIT, rank 2", {**FEDIT, **_lora(2)}, (5e-4, 1e-3, 2e-3)),  # the best rate falls with the rank
+    Arm("fedit-r2", "FedIT, rank 2", {**FEDIT, **_lora(2)}, (5e-4, 1e-3, 2e-3)),
     Arm("ffa-lora", "FFA-LoRA, rank 16", {"federation.method": "ffa-lora", **_lora(16)}),
     Arm("flora", "FLoRA, rank 16", {"federation.method": "flora", **_lora(16)}),
     Arm("fedex-lora", "FedEx-LoRA, rank 16", {"federation.method": "fedex-lora", **_lora(16)}),
@@ -289,6 +289,12 @@ SERVER_STEPS: tuple[tuple[float, float, float], ...] = (  # momentum, step, lear
 )
 
 
+FULL_21: Switches = {
+    **LATE, **PUBLISHED, **_lora(21), "lora.rank_min": 14, "training.full_learning_rate": 6e-4,
+    "server_optimizer.learning_rate": 1.0,
+}  # fmt: skip
+
+
 def _momentum(beta: float, step: float) -> Switches:
     return {**MOMENTUM, "server_optimizer.beta1": beta, "server_optimizer.learning_rate": step}
 
@@ -329,6 +335,12 @@ TRIED: tuple[Arm, ...] = (
         **ANNEALED, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "annealing.heating_rounds": 24,
         "training.full_learning_rate": 6e-4,
     }, (5e-4,)),
+    Arm("tried-full-21-14-plain", "a `full` round, rank 21 to 14 late, plain averages of A and B", {
+        **FULL_21, "server_optimizer.kind": "none",
+    }, (5e-4,)),
+    Arm("tried-full-21-14", "a `full` round, rank 21 to 14 late, momentum 0.5, server's step 1", {
+        **FULL_21,
+    }, (2.5e-4,)),
     Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
         "federation.method": "rolora", **_lora(16),
     }, (1e-3,)),
