@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_YIELDING_S, _SHORT_S, _SHORT_SLEEP_S, _LONGEST_SLEEP_S = 2e-3, 5e-2, 1e-4, 1e-3
+_YIELDING_S, _SHORT_S, _SHORT_SLEEP_S = 2e-3, 5e-2, 1e-4
+_SLEPT_SHARE, _LONGEST_SLEEP_S = 1e-2, 1e-2
 _SLOW_BYTES_PER_S = 1e9
 
 
@@ -23,7 +24,8 @@ def wait(request: MPI.Request, num_bytes: int = 0) -> None:
     """Wait for a request by testing: others may take the core; later it sleeps between the tests.
 
     Not in the first 2 ms: many steps of a round take less, and a sleep would be a large part of them. Nor
-    while so many bytes may be on their way.
+    while so many bytes may be on their way. Then a sleep takes a hundredth of what has been waited, so that it
+    cannot make a wait longer by more than that.
     """
     started, yielding_s = time.perf_counter(), _YIELDING_S + num_bytes / _SLOW_BYTES_PER_S
     while not request.Test():
@@ -31,7 +33,7 @@ def wait(request: MPI.Request, num_bytes: int = 0) -> None:
         if waited_s < yielding_s:
             os.sched_yield()
         else:
-            time.sleep(_SHORT_SLEEP_S if waited_s < _SHORT_S else _LONGEST_SLEEP_S)
+            time.sleep(min(max(_SHORT_SLEEP_S, _SLEPT_SHARE * waited_s), _LONGEST_SLEEP_S))
 
 
 def wait_busily(requests: Sequence[MPI.Request]) -> None:
