@@ -108,6 +108,7 @@ class Arm:
         rates: learning rates that it may choose from.
         rate_key: what the learning rate sets.
         follows: arm whose choice of the learning rate it takes over, without runs of its own.
+        variant: change of the package that it runs with, of `variants.py`.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Arm:
     rates: tuple[float, ...] = ADAPTER_RATES
     rate_key: str = ADAPTER_KEY
     follows: str | None = None
+    variant: str = ""
 
     def settings(self, setting: str) -> dict[str, Any]:
         """Return all switches of its runs in a setting but seed, learning rate and evaluation."""
@@ -379,6 +381,11 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         }),
         *((f"r{rank}", f"rank_max {rank}", _lora(rank)) for rank in (4, 8, 11, 16)),
     )
+) + (
+    Arm("sa-adapter+balanced-split", "a cut shares the singular values between A and B", ANNEALED,
+        follows="sa-adapter", variant="balanced-split"),
+    Arm("sa-adapter+cut-first", "each client's update is cut before the sum", ANNEALED,
+        follows="sa-adapter", variant="cut-first"),
 )  # fmt: skip
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *SMALL, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}

@@ -151,7 +151,8 @@ def tables_of(trial: Trial) -> dict[str, dict[str, object]]:
 
 def digest_of(trial: Trial) -> str:
     """Return the digest of what the design sets for a trial now; keys the package gains change nothing."""
-    return hashlib.sha256(json.dumps(tables_of(trial), sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(tables_of(trial), sort_keys=True) + ARMS[trial.arm].variant
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def trial_of(results: Results) -> Trial | None:
@@ -162,7 +163,7 @@ def trial_of(results: Results) -> Trial | None:
             section = config.training
             rate = section.learning_rate if arm.rate_key == ADAPTER_KEY else section.full_learning_rate
             trial = Trial(setting, arm.name, rate, config.federation.seed, config.evaluation.split)
-            is_offered = arm.follows or rate in arm.rates
+            is_offered = (arm.follows or rate in arm.rates) and not arm.variant
             if is_offered and resolve_run(tables_of(trial), {}).config == config:
                 return trial
     return None

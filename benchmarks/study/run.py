@@ -53,6 +53,7 @@ from mpifedlora.io.results import read_results
 from mpifedlora.io.run_file import resolve_run
 
 RUN_FILES = Path(__file__).parent / "runs"
+VARIANTS = Path(__file__).parent / "variants.py"
 ROOT = Path(__file__).parents[2]
 LOCAL_ARMS = [arm.name for arm in LOCAL]
 STAGES = ("search", "tuning", "core", "local", "factors", "small", "ablations")
@@ -113,7 +114,9 @@ def run_trial(trial: Trial, out: Path, quick: bool) -> tuple[Path, float]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = RUN_FILES / trial.setting / f"{trial.arm}.toml"
     sets = trial.overrides() | (QUICK if quick else {})
-    command = [sys.executable, "-m", "mpifedlora", "run", str(file), "--out", str(folder), "--overwrite"]
+    variant = ARMS[trial.arm].variant
+    program = [str(VARIANTS), variant] if variant else ["-m", "mpifedlora"]
+    command = [sys.executable, *program, "run", str(file), "--out", str(folder), "--overwrite"]
     command += [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
     with Path(f"{folder}.log").open("w") as log:
         process = subprocess.Popen(
