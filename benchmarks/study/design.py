@@ -386,6 +386,11 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         follows="sa-adapter", variant="balanced-split"),
     Arm("sa-adapter+cut-first", "each client's update is cut before the sum", ANNEALED,
         follows="sa-adapter", variant="cut-first"),
+    *(
+        Arm(f"sa-adapter+rank-rate-{power}", f"learning rate times (rank_max / rank) ^ {power}", ANNEALED,
+            follows="sa-adapter", variant=f"rank-rate-{power}")
+        for power in ("0.5", "1")
+    ),
 )  # fmt: skip
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *SMALL, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}
