@@ -330,6 +330,12 @@ TRIED: tuple[Arm, ...] = (
         }, (5e-4,))
         for step in (1.0, 1.5)
     ),
+    Arm("tried-late-rate-1", "rank 9 to 2 late, momentum 0.5, step 1.5, rate times rank_max / rank", {
+        **LATE, "annealing.rate_exponent": 1.0,
+    }, (5e-4,)),
+    Arm("tried-12-to-2-rate-1", "rank 12 to 2 early, momentum 0.5, step 1, rate times rank_max / rank", {
+        **APART, **_momentum(0.5, 1.0), "annealing.rate_exponent": 1.0,
+    }, (5e-4,)),
     Arm("tried-late-exact", "rank 9 to 2 late, exact sums, no momentum", {
         **ANNEALED, **_lora(9), "annealing.heating_rounds": 24,
     }, (5e-4,)),
@@ -379,6 +385,12 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         ("int8-wire", "int8 both ways", {
             "transport.uplink_dtype": "int8", "transport.downlink_dtype": "int8",
         }),
+        *(
+            (f"rate-{power:g}", f"learning rate times (rank_max / rank) ^ {power:g}", {
+                "annealing.rate_exponent": power,
+            })
+            for power in (0.5, 1.0, 2.0)
+        ),
         *((f"r{rank}", f"rank_max {rank}", _lora(rank)) for rank in (4, 8, 11, 16)),
     )
 ) + (
@@ -386,11 +398,6 @@ ABLATIONS: tuple[Arm, ...] = tuple(
         follows="sa-adapter", variant="balanced-split"),
     Arm("sa-adapter+cut-first", "each client's update is cut before the sum", ANNEALED,
         follows="sa-adapter", variant="cut-first"),
-    *(
-        Arm(f"sa-adapter+rank-rate-{power}", f"learning rate times (rank_max / rank) ^ {power}", ANNEALED,
-            follows="sa-adapter", variant=f"rank-rate-{power}")
-        for power in ("0.5", "1")
-    ),
 )  # fmt: skip
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *SMALL, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}

@@ -4,29 +4,23 @@
 
 - `balanced-split`: a cut gives A and B the square root of the singular values each, not A rows of one norm.
 - `cut-first`: every client's product is cut to the next round's rank before the sum, not the sum alone.
-- `rank-rate-0.5`, `rank-rate-1`: the learning rate rises with this power of rank_max / rank.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from mpifedlora.cli.main import entry
-from mpifedlora.core import aggregation, rounds
+from mpifedlora.core import aggregation
 from mpifedlora.core.aggregation import ModuleSum
 from mpifedlora.core.allocation import uniform
 from mpifedlora.core.combining import Combination
 from mpifedlora.core.layout import Factors
 from mpifedlora.core.lowrank import Svd, factors_of, svd_of_product
-from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.screening import Contribution
-from mpifedlora.core.switches import Switches
 
 
 def balanced(svd: Svd, first: int, last: int | None) -> Factors:
@@ -60,24 +54,9 @@ def _cut(part: Contribution, ranks: Sequence[int]) -> list[Factors]:
     return [one if one.lora_rank <= rank else factors_of(svd_of_product(one), 0, rank) for one, rank in pairs]
 
 
-def rank_rate(exponent: float) -> None:
-    """Let the learning rate of each round follow the rank: less of it means longer steps."""
-    plan_next = rounds.plan_next
-
-    def with_rate(switches: Switches, *args: Any, **kwargs: Any) -> RoundPlan:
-        plan = plan_next(switches, *args, **kwargs)
-        if plan.scope == "full":
-            return plan
-        share = sum(plan.lora_ranks) / (len(plan.lora_ranks) * switches.schedule.rank_max)
-        return replace(plan, learning_rate=plan.learning_rate * share**-exponent)
-
-    rounds.plan_next = with_rate  # type: ignore[attr-defined]
-
-
 VARIANTS: Mapping[str, Callable[[], None]] = {
     "balanced-split": balance_the_split,
     "cut-first": cut_first,
-    **{f"rank-rate-{exponent:g}": partial(rank_rate, exponent) for exponent in (0.5, 1.0)},
 }
 
 

@@ -100,6 +100,10 @@ def rate_formula(config: RunTables) -> Formula:
         rounds["warmup_rounds"] = training.warmup_rounds
         start = config.rounds_before_scope
         product += f" * min(1, {f'(t - {start})' if start else 't'} / (warmup_rounds + 1))"
+    exponent = config.annealing.rate_exponent
+    if exponent and not is_full:
+        rounds |= {"rank_max": config.lora.rank_max, "rate_exponent": exponent}
+        product += " * (rank_max / b(t)) ^ rate_exponent"
     return Formula([("eta(t)", product)], {"eta_1": rate, **rounds}, "", "")
 
 

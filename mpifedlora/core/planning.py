@@ -10,6 +10,7 @@ from mpifedlora.core.cuts import averages_factors, frozen_forms
 from mpifedlora.core.faults import set_aside
 from mpifedlora.core.layout import ModelShapes, Parts
 from mpifedlora.core.plan import ABSENT, RoundPlan
+from mpifedlora.core.schedule import rank_factor
 from mpifedlora.core.switches import Switches
 
 
@@ -36,6 +37,9 @@ def plan_round(
     scope = switches.round_scope(planned)
     without = set_aside(failures, switches.max_failures) if round_num == planned else ()
     workers = tuple(switches.choose_workers(planned, without))
+    rate = switches.learning_rate(planned, scope)
+    if scope != "full":
+        rate *= rank_factor(switches.rate_exponent, schedule.rank_max, lora_ranks)
     return RoundPlan(
         round_num=round_num,
         stage=schedule.stage(planned),
@@ -49,7 +53,7 @@ def plan_round(
         keeps_head=switches.keeps_head,
         has_variates=switches.has_variates,
         reduces=switches.reduces,
-        learning_rate=switches.learning_rate(planned, scope),
+        learning_rate=rate,
         mu=switches.mu(planned),
         temperature=schedule.temperature(planned),
     )

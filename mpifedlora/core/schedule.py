@@ -8,7 +8,7 @@ shape here is a named option.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,6 +119,17 @@ def warmup_factor(warmup_rounds: int, round_num: int) -> float:
     [0.25, 0.5, 0.75, 1.0, 1.0]
     """
     return min(1.0, round_num / (warmup_rounds + 1))
+
+
+def rank_factor(exponent: float, rank_max: int, lora_ranks: Sequence[int]) -> float:
+    """Return the factor on the learning rate where the rank has fallen: (rank_max / mean rank) ** exponent.
+
+    Under Adam each direction of B @ A moves by about the learning rate, r of them together by r times that.
+
+    >>> rank_factor(1.0, 16, [4, 4]), rank_factor(0.5, 16, [4, 4]), rank_factor(0.0, 16, [4, 4])
+    (4.0, 2.0, 1.0)
+    """
+    return (rank_max * len(lora_ranks) / sum(lora_ranks)) ** exponent
 
 
 def proximal_weight(mu: float, kind: str, round_num: int, num_rounds: int) -> float:

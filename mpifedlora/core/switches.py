@@ -23,6 +23,7 @@ class Switches:
     Args:
         schedule: rank budget and stages.
         learning_rate: of a round, given its number and scope.
+        rate_exponent: see `schedule.rank_factor`.
         choose_workers: worker of each client of a round (by client id, or ABSENT), given its number
             and the clients that are set aside.
         max_failures: in a row, that set a client aside.
@@ -52,6 +53,7 @@ class Switches:
     schedule: RankSchedule
     learning_rate: Callable[[int, str], float]
     choose_workers: Callable[[int, Sequence[int]], Sequence[int]]
+    rate_exponent: float = 0.0
     max_failures: int = 3
     initiating_scope: str = "adapter"
     scope: str = "adapter"

@@ -56,6 +56,7 @@ def build_switches(
     return Switches(
         schedule=rank_schedule(config),
         learning_rate=partial(_learning_rate, config),
+        rate_exponent=annealing.rate_exponent,
         choose_workers=partial(_choose_workers, config, sizes, num_workers, pins),
         max_failures=config.faults.max_failures,
         initiating_scope=initiating.scope,

@@ -8,7 +8,7 @@ from made_runs import make_config
 from mpifedlora.core.config import RunConfig
 from mpifedlora.core.formulas import rank_formula, rate_formula
 from mpifedlora.core.method_config import RunTables
-from mpifedlora.core.schedule import learning_rate_factor
+from mpifedlora.core.schedule import learning_rate_factor, rank_factor
 from mpifedlora.runtime.method import rank_schedule
 
 FUNCTIONS = {"floor": math.floor, "cos": math.cos, "pi": math.pi, "min": min, "max": max}
@@ -93,3 +93,15 @@ def test_the_learning_rate_warms_up(initiating, start):
     formula = rate_formula(config_with(training=training, initiating=initiating))
     rates = [evaluate(formula, start + t)["eta"] for t in (1, 2, 5, 6)]
     assert rates == pytest.approx([0.004, 0.008, 0.02, 0.02])
+
+
+def test_the_learning_rate_follows_the_rank():
+    annealing = {"schedule": "linear", "heating_rounds": 1, "rate_exponent": 0.5}
+    training = {"learning_rate": 0.02, "learning_rate_schedule": "constant"}
+    config = config_with(annealing=annealing, training=training, lora={"rank_max": 8, "rank_min": 2})
+    formula, ranks = rate_formula(config), rank_formula(config)
+    for t in (1, 6, 11):
+        names = {**FUNCTIONS, **formula.values, "b": lambda t: evaluate(ranks, t)["b"], "t": t}
+        rate = eval(dict(formula.equations)["eta(t)"].replace("^", "**"), {"__builtins__": {}}, names)
+        budget = evaluate(ranks, t)["b"]
+        assert rate == pytest.approx(0.02 * rank_factor(0.5, 8, [budget]))

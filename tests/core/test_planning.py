@@ -55,6 +55,17 @@ def test_a_plan_is_that_of_its_round() -> None:
     assert {name: getattr(kept, name) for name in flags} == flags
 
 
+@pytest.mark.parametrize(
+    ("exponent", "rate"), [(0.0, 3.0), (1.0, 3.0 * 4 / 2.5), (2.0, 3.0 * (4 / 2.5) ** 2)]
+)
+def test_the_learning_rate_rises_as_the_mean_rank_falls(exponent: float, rate: float) -> None:
+    method = switches(rate_exponent=exponent, scope="b-only")
+    plan = plan_round(method, 2, (2, 3), (0, 0), [], [])
+    assert plan.learning_rate == pytest.approx(rate)
+    whole = plan_round(method, 1, (2, 3), (0, 0), [], [])  # no rank in it
+    assert whole.learning_rate == 5.0
+
+
 def test_the_final_plan_is_the_last_rounds_without_anybody() -> None:
     last, final = (plan_round(switches(), round_num, (2, 2), (0, 0), [], []) for round_num in (3, 4))
     assert final == replace(last, round_num=4, workers=(ABSENT,) * 3)

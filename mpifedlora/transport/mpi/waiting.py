@@ -24,8 +24,8 @@ def wait(request: MPI.Request, num_bytes: int = 0) -> None:
     """Wait for a request by testing: others may take the core; later it sleeps between the tests.
 
     Not in the first 2 ms: many steps of a round take less, and a sleep would be a large part of them. Nor
-    while so many bytes may be on their way. Then a sleep takes a hundredth of what has been waited, so that it
-    cannot make a wait longer by more than that.
+    while so many bytes may be on their way. Then a sleep takes a hundredth of what has been waited: it makes
+    no wait longer by more than that.
     """
     started, yielding_s = time.perf_counter(), _YIELDING_S + num_bytes / _SLOW_BYTES_PER_S
     while not request.Test():
