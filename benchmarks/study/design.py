@@ -161,6 +161,7 @@ LATE: Switches = {
     "aggregation.kind": "factors",
     **MOMENTUM,
 }
+RATED: Switches = {**APART, **MOMENTUM, "server_optimizer.learning_rate": 1.0, "annealing.rate_exponent": 1.0}
 FIXED: Switches = {
     "federation.method": "custom",
     "aggregation.kind": "factors",
@@ -199,6 +200,7 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
+    Arm("sa-rated", "SA-FedLoRA, adapter only, rate rises as the rank falls, momentum on the server", RATED),
     Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 late, momentum on the server", LATE),
     Arm("sa-late-bfloat16", "the same, bfloat16 on the wire", {
         **LATE, "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
@@ -330,11 +332,15 @@ TRIED: tuple[Arm, ...] = (
         }, (5e-4,))
         for step in (1.0, 1.5)
     ),
-    Arm("tried-late-rate-1", "rank 9 to 2 late, momentum 0.5, step 1.5, rate times rank_max / rank", {
+    Arm("tried-late-rate-1", "rank 9 to 2 late, momentum 0.5, step 1.5, rate_exponent 1", {
         **LATE, "annealing.rate_exponent": 1.0,
     }, (5e-4,)),
-    Arm("tried-12-to-2-rate-1", "rank 12 to 2 early, momentum 0.5, step 1, rate times rank_max / rank", {
-        **APART, **_momentum(0.5, 1.0), "annealing.rate_exponent": 1.0,
+    Arm("tried-12-to-2-rate-2", "rank 12 to 2 early, momentum 0.5, step 1, rate_exponent 2", {
+        **RATED, "annealing.rate_exponent": 2.0,
+    }, (5e-4,)),
+    Arm("tried-full-rated", "a `full` round, rank 24 to 12, momentum 0.5, step 1, rate_exponent 1", {
+        **APART, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "training.full_learning_rate": 6e-4,
+        **_momentum(0.5, 1.0), "annealing.rate_exponent": 1.0,
     }, (5e-4,)),
     Arm("tried-late-exact", "rank 9 to 2 late, exact sums, no momentum", {
         **ANNEALED, **_lora(9), "annealing.heating_rounds": 24,
