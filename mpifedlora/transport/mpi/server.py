@@ -242,9 +242,8 @@ class MpiServer(Endpoint):
     def _end_stream(self, stream: RoundStream, takes: Takes, before: int) -> None:
         sent = self.num_workers * sum(span.size for part in stream.parts for span in part.downlink)
         ahead = self.bytes_crossed - before + sent  # the order is the next round's too
-        self.bytes_crossed = before + len(self._cohort.clients) * sum(
-            part.uplink.size for part in stream.parts
-        )
+        num_clients = len(self._cohort.clients)
+        self.bytes_crossed = before + num_clients * sum(part.uplink.size for part in stream.parts)
         if stream.refused or not stream.announced.cohort:  # then no round comes that counts it
             self.bytes_crossed += ahead
         else:
