@@ -129,7 +129,7 @@ def methods_table(records: Records, setting: str) -> list[str]:
 
 
 SUMMARY = ("fedavg", "fedavgm", "fedit-r8", "fedit-r8-momentum", "sa-published", "sa-late-full", "sa-adapter",
-           "sa-late")  # fmt: skip
+           "sa-rated", "sa-late")  # fmt: skip
 
 
 def summary_table(records: Records) -> list[str]:

@@ -129,7 +129,8 @@ def rank_factor(exponent: float, rank_max: int, lora_ranks: Sequence[int]) -> fl
     >>> rank_factor(1.0, 16, [4, 4]), rank_factor(0.5, 16, [4, 4]), rank_factor(0.0, 16, [4, 4])
     (4.0, 2.0, 1.0)
     """
-    return (rank_max * len(lora_ranks) / sum(lora_ranks)) ** exponent
+    factor: float = (rank_max * len(lora_ranks) / sum(lora_ranks)) ** exponent
+    return factor
 
 
 def proximal_weight(mu: float, kind: str, round_num: int, num_rounds: int) -> float:
