@@ -215,7 +215,7 @@ CORE: tuple[Arm, ...] = (
     }),
 )  # fmt: skip
 
-# What is run on small models of random weights, which stage 1 must make fit for an adapter.
+# What is run on small models of random weights.
 SMALL_RATES = (1e-3, 2e-3, 4e-3)
 SMALL_ANNEALED: Switches = {
     "federation.method": "sa-fedlora",

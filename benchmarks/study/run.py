@@ -98,7 +98,9 @@ def write_client_files(setting: str) -> None:
         file = ROOT / client_file(setting, client_id)
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"text": text, "label": data.label_names[label]}) for text, label in rows]
-        file.write_text("\n".join(lines) + "\n")
+        fresh = file.with_suffix(f".{os.getpid()}")  # another process may read or write it now
+        fresh.write_text("\n".join(lines) + "\n")
+        fresh.replace(file)
 
 
 def write_models() -> None:
