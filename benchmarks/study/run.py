@@ -8,7 +8,7 @@
 
 Each run is one process with one thread and its own run file, benchmarks/study/runs/SETTING/ARM.toml, which
 has the learning rate that the tuning chose. Results go to benchmarks/study/results; what they hold already
-is not run again. All of it takes some 22 hours of one core; `tables.py` makes tables and figures of
+is not run again. All of it takes some 25 hours of one core; `tables.py` makes tables and figures of
 whatever there is.
 """
 
@@ -77,6 +77,8 @@ def write_run_files(rates: Rates) -> None:
         for arm in arms_of(setting):
             trial = Trial(setting, arm.name, rates[setting, arm.name], 0, "test")
             head = f"{arm.about}, on {setting}. Written by benchmarks/study/run.py from design.py."
+            if arm.variant:
+                head += f"\nIts runs need a change of the package: variants.py {arm.variant} run THIS FILE."
             file = RUN_FILES / setting / f"{arm.name}.toml"
             write_run_file(file, tables_of(trial), head)
             stale.discard(file)

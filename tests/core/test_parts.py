@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpifedlora.core.codec import piece_bytes
 from mpifedlora.core.layout import LinearShape, ModelShapes, Parts, TensorShape
-from mpifedlora.core.parts import Part, Span, largest_module_bytes, parts_of, pays
+from mpifedlora.core.parts import Part, Span, largest_module_bytes, parts_of, pays, uplink_spans
 from mpifedlora.core.plan import ABSENT, RoundPlan
 from mpifedlora.core.wire import UpdateRows, WireFormat
 
@@ -78,6 +78,7 @@ def test_parts_hold_all_pieces_in_order_and_their_spans_hold_the_parts(
 ) -> None:
     plan, following, shapes = made
     parts, borders = parts_of(plan, following, shapes, wire, part_bytes), row_borders(plan, shapes, wire)
+    assert [part.uplink for part in parts] == uplink_spans(plan, shapes, wire, part_bytes)
     assert [part.first for part in parts] == [0, *(part.last for part in parts[:-1])]
     assert parts[-1].last == len(borders) - 1
     row = UpdateRows([borders[-1]])
