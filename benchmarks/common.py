@@ -86,12 +86,19 @@ class Pair(NamedTuple):
         return statistics.median(first / second for first, second in pairs)
 
 
+def pooled(pairs: Sequence[Pair]) -> Pair:
+    """Return all repeats of several pairs as one."""
+    first, second = ([one for part in column for one in part] for column in zip(*pairs, strict=True))
+    return Pair(first, second)
+
+
 def alternate(
     first: Callable[[], object],
     second: Callable[[], object],
     repeats: int,
     warm_up: int = 1,
     barrier: Callable[[], object] = lambda: None,
+    aside: Callable[[], object] = lambda: None,
 ) -> Pair:
     """Time two callables in turn in one run, so that what else the machine does disturbs both alike.
 
@@ -103,6 +110,7 @@ def alternate(
         repeats: timed calls of each, at least 1.
         warm_up: calls of each before, whose time does not count.
         barrier: where processes wait for each other, before each call and, within its time, after it.
+        aside: called after each call of the first, and in no time: what in a run hides behind other work.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(-warm_up, repeats):
@@ -112,6 +120,8 @@ def alternate(
             (first, second)[index]()
             barrier()
             seconds[index].append(time.perf_counter() - started)
+            if index == 0:
+                aside()
     return Pair(*(column[warm_up:] for column in seconds))
 
 

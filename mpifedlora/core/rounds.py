@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,11 +39,22 @@ from mpifedlora.core.report import RoundReport, report_round
 from mpifedlora.core.screening import USED, Contribution
 from mpifedlora.core.server_optimizer import CutMap, carry_variate
 from mpifedlora.core.server_update import FlatUpdate
-from mpifedlora.core.streaming import RoundStream, admit
+from mpifedlora.core.streaming import Admitted, RoundStream, admit
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import POSTPONED, ClientUpdate, UpdateHeader
 
 Judge = Callable[[RoundPlan, Tensor], float]
+
+
+class _Asked(NamedTuple):
+    """All that a stream follows from, but for the values."""
+
+    plan: RoundPlan
+    switches: Switches
+    outcomes: dict[int, str]
+    part_bytes: int | None
+    evaluates: bool
+    stops: bool
 
 
 class Coordinator:
@@ -75,6 +87,7 @@ class Coordinator:
         self.wire = self.message.view(torch.uint8)  # of the message, as it is sent
         self.lost: Lost | None = None
         self.spare: Tensor | None = None  # buffer of a message that nobody reads any more
+        self._foreseen: tuple[_Asked, RoundStream] | None = None
 
     def plan(self, *, evaluates: bool = False) -> RoundPlan:
         """Return the plan of the next round; after the last round, of the final model."""
@@ -146,13 +159,33 @@ class Coordinator:
             evaluates: whether the workers measure the next model.
             stops: whether they end instead, and get no message.
         """
-        plan, switches = self.next_plan, self.switches
+        admitted = admit(self.switches, headers)
+        asked = _Asked(self.next_plan, self.switches, admitted.outcomes, part_bytes, evaluates, stops)
+        if self._foreseen is None or self._foreseen[0] != asked:
+            return self._begin(asked, admitted)
+        (_, stream), self._foreseen = self._foreseen, None
+        stream.admitted = admitted
+        return stream
+
+    def foresee(self, part_bytes: int | None = None, *, evaluates: bool = False, stops: bool = False) -> None:
+        """Make the round's stream ready as if every update will be used: while the workers train is time.
+
+        Args:
+            part_bytes: as in `stream`; where that is asked for anything else, it begins anew.
+            evaluates: as in `stream`.
+            stops: as in `stream`.
+        """
+        outcomes = dict.fromkeys(self.next_plan.cohort, USED)
+        asked = _Asked(self.next_plan, self.switches, outcomes, part_bytes, evaluates, stops)
+        self._foreseen = asked, self._begin(asked, Admitted([], outcomes, []))
+
+    def _begin(self, asked: _Asked, admitted: Admitted) -> RoundStream:
+        plan, switches, outcomes, part_bytes, evaluates, stops = asked
         budget = self.annealer.propose(plan.round_num)
         ranks = uniform(budget, self.shapes.modules)
-        admitted = admit(switches, headers)
-        used = [header.client_id for header in admitted.used]
-        states = self._states_after(used, admitted.outcomes)
-        failures = count_failures(self.failures, admitted.outcomes)
+        used = [client_id for client_id in sorted(outcomes) if outcomes[client_id] == USED]
+        states = self._states_after(used, outcomes)
+        failures = count_failures(self.failures, outcomes)
         following = plan_next(switches, plan, self.shapes, ranks, used, states, failures)
         opening = self._prepare(following)
         announced = following.stopped() if stops else replace(following, evaluates=evaluates)
@@ -287,6 +320,9 @@ class Coordinator:
         return complete(self.shapes, opening, variate)
 
     def _prepare(self, plan: RoundPlan) -> Opening:
+        if self._foreseen is not None:  # and did not come: its buffer is free
+            (_, stream), self._foreseen = self._foreseen, None
+            self.spare = stream.opening.wire
         spare, self.spare = self.spare, None
         return prepare(self.shapes, plan, self.switches.wire, spare)
 

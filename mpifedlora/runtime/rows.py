@@ -38,12 +38,6 @@ def columns_by_client(report: RoundReport, num_clients: int) -> dict[str, Any]:
     return columns
 
 
-def late_updates(round_num: int, report: RoundReport) -> list[tuple[int, int]]:
-    """Return whose updates count that began in an earlier round, and in which: (client, round)."""
-    late = (update for update in report.participants if update.staleness)
-    return [(update.client_id, round_num - update.staleness) for update in late]
-
-
 def measured(row: RoundRow, found: Measured, evaluate_s: float) -> RoundRow:
     """Return a row with what was measured of its round's model."""
     metrics = found.metrics

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifedlora.core.faults import set_aside
 from mpifedlora.core.ledger import Ledger, Traffic, baseline_traffic, count_uplink
 from mpifedlora.core.metrics import Measured, Metrics
 from mpifedlora.core.parts import pays
@@ -20,25 +19,17 @@ from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.planning import given_to, shrink, without_training
 from mpifedlora.core.report import RoundReport
 from mpifedlora.core.rounds import Coordinator
-from mpifedlora.core.screening import ABOVE_BOUND, NOT_FINITE, USED
-from mpifedlora.core.wire import FAILED, LATE, POSTPONED, UpdateHeader
+from mpifedlora.core.screening import USED
+from mpifedlora.core.wire import POSTPONED, UpdateHeader
 from mpifedlora.errors import RunLost, WorkerLost
 from mpifedlora.io.results_schema import Baselines, RoundRow
-from mpifedlora.runtime.rows import columns_by_client, late_updates, measured, seconds_of_row
+from mpifedlora.runtime.round_warnings import round_warnings
+from mpifedlora.runtime.rows import columns_by_client, measured, seconds_of_row
 from mpifedlora.runtime.setup import Replica
 from mpifedlora.runtime.stopwatch import Stopwatch
 from mpifedlora.transport.base import ServerTransport, Takes
 
 T = TypeVar("T")
-
-
-_ADVICE = {
-    NOT_FINITE: "is not finite and was left out; a lower learning rate may help",
-    ABOVE_BOUND: "is above aggregation.norm_bound and was left out",
-    FAILED: "is missing: its training failed, and its worker's standard error says why",
-    LATE: "is missing: it was not trained by faults.round_deadline_s",
-    POSTPONED: "is late (faults.round_deadline_s): the client goes on in its next round",
-}
 
 
 class Server:
@@ -148,6 +139,7 @@ class Server:
         lost, coordinator = self.transport.repair(), self.coordinator
         self.evaluation.lose(lost, self.transport.num_workers)
         left, plan, self._announced = self.transport.num_workers, coordinator.next_plan, None
+        self.is_last = False  # the round in hand is not closed
         coordinator.switches = shrink(coordinator.switches, lost, left)
         workers = given_to(plan.workers, lost, left, leaves_out=self.policy == "continue")
         coordinator.next_plan = replace(plan, workers=workers)
@@ -200,8 +192,11 @@ class Server:
         return evaluation.measured(transport.collect_predictions(counts, evaluation.width, evaluation.dtype))
 
     def _close(self, plan: RoundPlan, watch: Stopwatch) -> RoundRow:
+        self.is_last = plan.round_num == self._num_rounds
+        if plan.cohort and self._takes_parts(plan):
+            self.coordinator.foresee(self.part_bytes, **self._following(plan))
         headers = self.transport.collect_headers(plan)
-        self.is_last = plan.round_num == self._num_rounds or self.ends_early()
+        self.is_last = self.is_last or self.ends_early()
         watch.lap("wait_s")
         received = self.coordinator.wire
         report, aggregate_s = self._finish(plan, headers)
@@ -209,7 +204,8 @@ class Server:
         watch.seconds["aggregate_s"] = aggregate_s
         watch.seconds["collect_s"] = watch.lap("finish_s") - aggregate_s
         uplink, downlink = self.count([plan])
-        self._tell(plan, report)
+        for line in round_warnings(plan, report, self.coordinator.failures, self.coordinator.switches):
+            self.warn(line)
         if plan.state_rounds:
             self._remove_states(plan, report)
         train_s = np.zeros(self.transport.num_workers)
@@ -251,12 +247,15 @@ class Server:
             return ""
         return "parts" if self._takes_parts(plan) else "rows"
 
-    def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
+    def _following(self, plan: RoundPlan) -> dict[str, bool]:
+        """Say what the workers do after a round, as `Coordinator.stream` is told."""
         evaluates = self._is_due(plan.round_num) and self.evaluates_on_workers
-        options = {"evaluates": evaluates, "stops": self.is_last and not evaluates}
+        return {"evaluates": evaluates, "stops": self.is_last and not evaluates}
+
+    def _stream(self, plan: RoundPlan, headers: Sequence[UpdateHeader]) -> tuple[RoundReport, float]:
         aggregate_s = 0.0
         while True:
-            stream = self.coordinator.stream(headers, self.part_bytes, **options)
+            stream = self.coordinator.stream(headers, self.part_bytes, **self._following(plan))
             aggregate_s += self.transport.stream(plan, stream, takes=self._takes(stream.announced))
             if not stream.refused:
                 self._announced = stream.announced
@@ -266,22 +265,6 @@ class Server:
             headers = [
                 replace(each, is_finite=each.is_finite and each.client_id not in left_out) for each in headers
             ]
-
-    def _tell(self, plan: RoundPlan, report: RoundReport) -> None:
-        for client_id, outcome in report.outcomes.items():
-            if outcome in _ADVICE:
-                self.warn(f"round {plan.round_num}: the update of client {client_id} {_ADVICE[outcome]}")
-        for client_id, began in late_updates(plan.round_num, report):
-            self.warn(f"round {plan.round_num}: the update of client {client_id} began in round {began}")
-        failures, most = self.coordinator.failures, self.coordinator.switches.max_failures
-        for client_id in set_aside(failures, most):
-            if client_id in report.outcomes:  # later it is in no cohort
-                self.warn(f"client {client_id} has failed {most} times in a row and is no longer chosen")
-        if not report.participants:
-            why = "no update could be used" if report.outcomes else "no client took part"
-            is_noised = self.coordinator.switches.noise is not None
-            what = "takes the noise alone" if is_noised else "stays as it was"
-            self.warn(f"round {plan.round_num}: {why}; the global state {what}")
 
     def _row(
         self, plan: RoundPlan, report: RoundReport, num_bytes: tuple[int, int], seconds: dict[str, float]

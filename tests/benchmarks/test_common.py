@@ -59,6 +59,23 @@ def test_the_barrier_behind_a_call_counts(clock):
     assert pair == ([0.5], [0.5])
 
 
+def test_what_is_done_aside_follows_the_first_and_takes_no_time(clock):
+    calls = []
+
+    def aside():
+        calls.append("-")
+        clock.sleep(5.0)
+
+    pair = common.alternate(lambda: calls.append("a"), lambda: calls.append("b"), 2, 0, aside=aside)
+    assert "".join(calls) == "a-bba-"
+    assert pair == ([0.0, 0.0], [0.0, 0.0])
+
+
+def test_pooled_pairs_keep_all_repeats():
+    pairs = [common.Pair([1.0, 2.0], [3.0, 4.0]), common.Pair([5.0], [6.0])]
+    assert common.pooled(pairs) == ([1.0, 2.0, 5.0], [3.0, 4.0, 6.0])
+
+
 def test_the_ratio_of_a_pair_is_the_median_of_ratios_not_the_ratio_of_medians():
     assert common.Pair([1.0, 2.0, 9.0], [2.0, 1.0, 3.0]).ratio == 2.0
 

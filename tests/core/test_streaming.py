@@ -76,7 +76,7 @@ FED_BACK = [
 ALONE, ALL_IN_ONE = 1, None
 PART_BYTES = (ALONE, 300, ALL_IN_ONE)
 JUNK = 0xEE
-INSIDE = ("switches", "combiner", "spare")  # of a coordinator, what is not compared
+INSIDE = ("switches", "combiner", "spare", "_foreseen")  # of a coordinator, what is not compared
 
 
 # The server's and the workers' side of a stream.
@@ -136,6 +136,9 @@ def rounds_of(case: Case, hidden: Sequence[int] = ()) -> Iterator[Arrived]:
         if round_num > 1:
             for coordinator in (whole, *by_parts.values()):
                 coordinator.annealer.note(0.9 if round_num < 7 else 0.1)
+        if may_stream(whole):  # what is foreseen changes nothing, right or wrong
+            by_parts[ALONE].foresee(ALONE)
+            by_parts[ALL_IN_ONE].foresee(ALONE, evaluates=True)
         updates = [spoilt(one, hidden) for one in map(worker.train, worker.plan.cohort)]
         headers, rows = worker.send(updates[::-1])
         received = {part_bytes: coordinator.wire for part_bytes, coordinator in by_parts.items()}
@@ -220,6 +223,45 @@ def test_parts_and_whole_give_the_same_bits(case: Case) -> None:
             assert_same(coordinator, arrived.whole)
             size = message_bytes(coordinator)
             assert_same(sent[:size], coordinator.wire[:size])
+
+
+@over([*SOME, *ROUNDED[:2]])
+def test_what_was_foreseen_is_not_made_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_again(*args: Any) -> Any:
+        pytest.fail("the next plan was made before the headers came")
+
+    options: Any = {"evaluates": True}
+    for arrived in rounds_of(case):
+        if may_stream(arrived.whole):
+            arrived.whole.foresee(ALONE, **options)
+            with monkeypatch.context() as patched:
+                patched.setattr("mpifedlora.core.rounds.plan_next", made_again)
+                stream = arrived.whole.stream(arrived.headers, ALONE, **options)
+            assert [one.client_id for one in stream.admitted.used] == sorted(arrived.plan.cohort)
+        finish(arrived.whole, arrived)
+
+
+@pytest.mark.parametrize("what", ["a fault", "other parts", "the end", "whole rows", "another plan"])
+def test_what_was_foreseen_wrongly_gives_its_buffer_back(what: str) -> None:
+    arrived = next(rounds_of(FULL))
+    coordinator, headers = arrived.whole, arrived.headers
+    finish(coordinator, arrived)
+    expected = coordinator.spare = coordinator.wire.clone()
+    coordinator.foresee(ALONE)
+    assert coordinator.spare is None
+    if what == "whole rows":
+        finish(coordinator, arrived)
+        assert coordinator.wire is expected
+        return
+    if what == "a fault":
+        headers = [*headers[:-1], replace(headers[-1], fault=FAILED)]
+    if what == "another plan":
+        coordinator.next_plan = replace(coordinator.next_plan, learning_rate=0.5)
+    part_bytes = ALL_IN_ONE if what == "other parts" else ALONE
+    stream = coordinator.stream(headers, part_bytes, stops=what == "the end")
+    assert stream.wire is expected
+    assert stream.announced.stops == (what == "the end")
+    assert len(stream.admitted.used) == len(headers) - (what == "a fault")
 
 
 @pytest.mark.parametrize("part_bytes", PART_BYTES)

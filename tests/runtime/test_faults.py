@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import support
 
-from mpifedlora.errors import ConfigError, TrainingError
+from mpifedlora.errors import ConfigError, TrainingError, WorkerLost
 from mpifedlora.io.results import read_results
 from mpifedlora.runtime import launch, method, worker
 from mpifedlora.runtime.interruption import Interruption
 from mpifedlora.training.models import FederatedModel
+from mpifedlora.transport.inprocess import InProcessTransport
 
 FREE = "federation.reproducible=false"
 TIMES = ("train_s", "collect_s", "aggregate_s", "broadcast_s", "evaluate_s", "round_s")
@@ -272,6 +273,27 @@ def test_a_resumed_run_goes_on_with_its_late_clients(folder, tmp_path, monkeypat
     found = read_results(out / "results.h5")
     assert found.clients["outcome"].tolist() == whole.clients["outcome"].tolist()
     assert_same_run(found, whole)
+
+
+@pytest.mark.parametrize("round_num", [1, 4])
+def test_a_loss_while_rows_come_in_begins_the_round_again_also_the_last(
+    folder, tmp_path, monkeypatch, round_num
+):
+    collect_rows, lost = InProcessTransport.collect_rows, []
+
+    def losing(transport, plan):
+        if plan.round_num == round_num and not lost:
+            lost.append(round_num)
+            raise WorkerLost("worker 1 has died")
+        return collect_rows(transport, plan)
+
+    whole = run(folder, tmp_path / "whole")
+    monkeypatch.setattr(InProcessTransport, "collect_rows", losing)
+    monkeypatch.setattr(InProcessTransport, "repair", lambda transport: [])
+    again = run(folder, tmp_path / "again")
+    assert lost == [round_num]
+    assert again.rounds["round_num"].tolist() == whole.rounds["round_num"].tolist() == [1, 2, 3, 4]
+    assert again.rounds["eval_loss"].tolist() == whole.rounds["eval_loss"].tolist()
 
 
 def test_a_refused_switch_says_why(folder, tmp_path):
