@@ -128,8 +128,8 @@ def methods_table(records: Records, setting: str) -> list[str]:
     return _table(head, rows)
 
 
-SUMMARY = ("fedavg", "fedavgm", "fedit-r8", "fedit-r8-momentum", "sa-published", "sa-late-full", "sa-adapter",
-           "sa-rated", "sa-late")  # fmt: skip
+SUMMARY = ("fedavg", "fedavgm", "fedit-r8", "fedit-r8-momentum", "fedit-r2", "sa-published", "sa-late-full",
+           "sa-adapter", "sa-rated", "sa-late")  # fmt: skip
 
 
 def summary_table(records: Records) -> list[str]:
