@@ -133,10 +133,6 @@ class PackageServer:
         self.coordinator.commit(stream)
         self.coordinator.spare = received  # as the package's server does
 
-    def foresee(self) -> None:
-        """Make the next stream ready; in a run the workers train meanwhile."""
-        self.coordinator.foresee()
-
 
 def measure(comm: MPI.Comm, megabytes: float, repeats: int, num_sets: int) -> Point:
     """Time transfers, and pipelines, of the package against bare MPI; every process of `comm` calls it."""
@@ -161,7 +157,8 @@ def _measure_once(comm: MPI.Comm, megabytes: float, repeats: int) -> tuple[commo
     server.begin()
     transfers = time_pair(server.transfer, bare.transfer)
     server.begin_pipeline()
-    pipelines = time_pair(server.round, bare.round, aside=server.foresee)
+    # In a run the workers train while the next stream is made ready.
+    pipelines = time_pair(server.round, bare.round, aside=server.coordinator.foresee)
     assert torch.equal(server.coordinator.message, bare.message), "both must give the same bits"
     return transfers, pipelines
 
