@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_YIELDING_S, _SHORT_S, _SHORT_SLEEP_S = 2e-3, 5e-2, 1e-4
+_YIELDING_S, _SHORT_S, _SHORT_SLEEP_S, _MOMENT_S = 2e-3, 5e-2, 1e-4, 2e-5
 _SLEPT_SHARE, _LONGEST_SLEEP_S = 1e-2, 1e-2
 _SLOW_BYTES_PER_S = 1e9
 
@@ -36,13 +36,21 @@ def wait(request: MPI.Request, num_bytes: int = 0) -> None:
             time.sleep(min(max(_SHORT_SLEEP_S, _SLEPT_SHARE * waited_s), _LONGEST_SLEEP_S))
 
 
-def wait_busily(requests: Sequence[MPI.Request]) -> None:
-    """Wait for requests that are under way: whoever else wants the core gets it, but nobody sleeps long."""
+def wait_busily(requests: Sequence[MPI.Request], *, gives_way: bool = False) -> None:
+    """Wait for requests that are under way: whoever else wants the core gets it, but nobody sleeps long.
+
+    Args:
+        requests: of this process.
+        gives_way: sleep a moment between all tests. Who only yields keeps testing, and where processes share
+            cores that takes time from whom it waits for.
+    """
     from mpi4py import MPI
 
     waiting, started = list(requests), time.perf_counter()
     while not MPI.Request.Testall(waiting):
-        if time.perf_counter() - started < _SHORT_S:
-            os.sched_yield()
-        else:
+        if time.perf_counter() - started >= _SHORT_S:
             time.sleep(_SHORT_SLEEP_S)
+        elif gives_way:
+            time.sleep(_MOMENT_S)
+        else:
+            os.sched_yield()

@@ -149,7 +149,8 @@ class MpiWorker(Endpoint):
         for index, part in enumerate(parts):
             requests += self._broadcast_part(part, message.bytes)
             requests += [self._gather_part(rows, later) for later in spans[index + IN_FLIGHT :][:1]]
-        wait_busily(requests)
+        # The server adds up meanwhile, on a core that this process may share.
+        wait_busily(requests, gives_way=self.place.num_sharing_cores > self.place.num_cores)
         return following, message
 
     def _gather_rows(self, rows: UpdateRows) -> MPI.Request:

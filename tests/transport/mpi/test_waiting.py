@@ -2,6 +2,9 @@
 
 import time
 
+import numpy as np
+import pytest
+
 from mpifedlora.transport.mpi import waiting
 
 
@@ -35,3 +38,23 @@ def test_nobody_sleeps_while_bytes_may_be_on_their_way(monkeypatch):
     monkeypatch.setattr(time, "sleep", slept.append)
     waiting.wait(Later(0.02), num_bytes=10**9)
     assert slept == []
+
+
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_who_gives_way_sleeps_between_all_tests_and_others_only_yield(monkeypatch, gives_way):
+    from mpi4py import MPI
+
+    value = np.zeros(1)
+    request = MPI.COMM_SELF.Irecv(value)
+    calls = []
+
+    def sent_at_third(*name):
+        calls.append(name)
+        if len(calls) == 3:
+            MPI.COMM_SELF.Send(np.ones(1), 0)
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: sent_at_third("sleep", seconds))
+    monkeypatch.setattr(waiting.os, "sched_yield", lambda: sent_at_third("yield"))
+    waiting.wait_busily([request], gives_way=gives_way)
+    assert value[0] == 1
+    assert set(calls) == {("sleep", 2e-5) if gives_way else ("yield",)}
