@@ -14,6 +14,10 @@ UNIT_BYTES = 64
 Rows start on cache lines too, so the bits of what is computed do not depend on a row's place."""
 
 
+HUGE_PAGE_BYTES = 2**21
+"""What MPI's copies between processes pay for is pages: large buffers are whole huge pages."""
+
+
 def padded(size: int) -> int:
     """Round a number of bytes up to whole units.
 
@@ -24,7 +28,7 @@ def padded(size: int) -> int:
 
 
 def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> Tensor:
-    """Return a buffer of bytes, not set, which starts on a unit border.
+    """Return a buffer of bytes, not set, which starts on a unit border, and if large on that of a huge page.
 
     Args:
         size: in bytes.
@@ -33,9 +37,10 @@ def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> T
     """
     if device != "cpu" or is_pinned:
         return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=is_pinned)
-    # numpy asks for huge pages, torch does not: MPI's copies between processes pay by the page.
-    memory = np.empty(size + UNIT_BYTES, np.uint8)
-    first = -memory.ctypes.data % UNIT_BYTES
+    # numpy asks for huge pages, torch does not; the system gives them where a whole one fits.
+    unit = HUGE_PAGE_BYTES if size >= HUGE_PAGE_BYTES else UNIT_BYTES
+    memory = np.empty(-(-size // unit) * unit + unit, np.uint8)
+    first = -memory.ctypes.data % unit
     return torch.from_numpy(memory[first : first + size])
 
 
