@@ -7,6 +7,7 @@ of the wire dtypes of `core.codec`.
 from __future__ import annotations
 
 import itertools
+import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,14 +43,12 @@ UPDATE_HEADER = header_record(
     penalty="<f8",
     train_s="<f8",
 )
-_FIELDS, _PACKER = UPDATE_HEADER.names or (), packer_of(UPDATE_HEADER)
-_COUNTS = ("client_id", "num_examples", "num_steps", "staleness")
-_COPIED = (*_COUNTS, "train_loss", "penalty", "train_s", "is_finite")
+_PACKER = packer_of(UPDATE_HEADER)
 
 
 def ranks_digest(lora_ranks: Sequence[int]) -> int:
     """Return a 32-bit digest of the ranks, by which both ends know that they mean one layout."""
-    return zlib.crc32(np.array(lora_ranks, "<i4").tobytes())
+    return zlib.crc32(struct.pack(f"<{len(lora_ranks)}i", *lora_ranks))
 
 
 @dataclass(frozen=True)
@@ -176,16 +175,24 @@ class UpdateHeader:
 
     def write(self, rows: UpdateRows, index: int, plan: RoundPlan) -> None:
         """Write it into the header of a row."""
-        written = {
-            **{name: getattr(self, name) for name in _COPIED},
-            "magic": MAGIC,
-            "round_num": plan.round_num,
-            "stage": STAGES.index(plan.stage),
-            "ranks_digest": ranks_digest(plan.lora_ranks),
-            "num_bytes": rows.sizes[index],
-            "fault": _FAULTS.index(self.fault),
-        }
-        _PACKER.pack_into(rows.headers[index], 0, *map(written.__getitem__, _FIELDS))
+        _PACKER.pack_into(
+            rows.headers[index],
+            0,
+            MAGIC,
+            plan.round_num,
+            self.client_id,
+            STAGES.index(plan.stage),
+            self.is_finite,
+            _FAULTS.index(self.fault),
+            ranks_digest(plan.lora_ranks),
+            self.num_examples,
+            self.num_steps,
+            self.staleness,
+            rows.sizes[index],
+            self.train_loss,
+            self.penalty,
+            self.train_s,
+        )
 
     @staticmethod
     def read(record: Bytes, plan: RoundPlan, client_id: int, size: int) -> UpdateHeader:
@@ -200,20 +207,18 @@ class UpdateHeader:
         Raises:
             ProtocolError: if it is not that client's answer to the plan.
         """
-        names = ("magic", "round_num", "client_id", "ranks_digest", "num_bytes")
+        magic, round_num, sender, _, is_finite, fault, digest, *others = _PACKER.unpack_from(record.data)
+        num_examples, num_steps, staleness, num_bytes, loss, penalty, train_s = others
         expected = (MAGIC, plan.round_num, client_id, ranks_digest(plan.lora_ranks), size)
-        fields = dict(zip(_FIELDS, _PACKER.unpack_from(record.data), strict=True))
-        got = tuple(fields[name] for name in names)
-        if got != expected:
-            ranks = " of other ranks" if got[3] != expected[3] else ""
+        if (magic, round_num, sender, digest, num_bytes) != expected:
+            ranks = " of other ranks" if digest != expected[3] else ""
             raise ProtocolError(
                 f"an update must answer round {plan.round_num} for client {client_id} with {size} bytes, got "
-                f"round {got[1]}, client {got[2]}, {got[4]} bytes{ranks} (server); this is a defect: "
+                f"round {round_num}, client {sender}, {num_bytes} bytes{ranks} (server); this is a defect: "
                 "report it"
             )
-        copied = {name: fields[name] for name in _COPIED}
-        copied["is_finite"] = bool(copied["is_finite"])
-        return UpdateHeader(**copied, fault=_FAULTS[fields["fault"]])
+        said = (sender, num_examples, num_steps, loss, penalty, train_s, bool(is_finite))
+        return UpdateHeader(*said, fault=_FAULTS[fault], staleness=staleness)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class MpiServer(Endpoint):
         self._ahead_bytes = 0  # of the next message, which a stream has sent already
         self._buffer: Tensor | None = None
         self._cohort = _Cohort((), ())  # of the round in hand
+        self._sizes: list[int] = []  # bytes of each of its rows
         self._headers = np.zeros((0, 0), np.uint8)
         self._landing: _Landing | None = None
         self._then = Order.NONE  # what the last order has announced
@@ -108,22 +109,22 @@ class MpiServer(Endpoint):
         if self._then is not Order.NONE:
             self._expect(plan)
         if self._then is Order.ROWS:
-            self._land(plan)
+            self._land()
 
     def _expect(self, plan: RoundPlan) -> None:
         """Make ready what the headers of a round come into."""
         from mpifedlora.core.plan import HEADER_BYTES
 
         self._cohort = _Cohort.of(plan.workers, self.num_workers)
+        self._sizes = self._row_bytes(plan)
         if len(self._headers) != len(self._cohort.clients):
             self._headers = np.zeros((len(self._cohort.clients), HEADER_BYTES), np.uint8)
 
-    def _land(self, plan: RoundPlan) -> _Landing:
+    def _land(self) -> _Landing:
         """Make ready what the rows of a round come into; the same as last time, where it fits."""
-        sizes = self._row_bytes(plan)
         landing = self._landing
-        if landing is None or landing.sizes != sizes or landing.counts != self._cohort.counts:
-            self._landing = landing = self._new_landing(sizes)
+        if landing is None or landing.sizes != self._sizes or landing.counts != self._cohort.counts:
+            self._landing = landing = self._new_landing(self._sizes)
         return landing
 
     def _new_landing(self, sizes: list[int]) -> _Landing:
@@ -155,11 +156,11 @@ class MpiServer(Endpoint):
         sizes = [0, *(headers.shape[1] * count for count in self._cohort.counts)]
         trained = self._begun(self.comm.Igatherv(self._mpi.IN_PLACE, [headers, sizes, None, self._mpi.BYTE]))
         if self._then is Order.ROWS:
-            self._begun(self.comm.Igatherv(*self._land(plan).target))
+            self._begun(self.comm.Igatherv(*self._land().target))
         if self._then is Order.STREAM:
             self._ahead = self._gather_first(self._uplink_spans(plan))
         wait(trained)
-        return read_headers(headers, plan, clients, self._row_bytes(plan))
+        return read_headers(headers, plan, clients, self._sizes)
 
     def _row_bytes(self, plan: RoundPlan) -> list[int]:
         clients = self._cohort.clients
@@ -172,7 +173,7 @@ class MpiServer(Endpoint):
         """Return the bytes of every row, in the order of the headers; they hold until the next collect."""
         if self._ahead:
             self._let_in(plan)
-        landing = self._land(plan)
+        landing = self._land()
         if self._then is not Order.ROWS:
             self._order(Order.ROWS)
             self._begun(self.comm.Igatherv(*landing.target))
