@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
 
 from mpifedlora.core.agreement import Bytes
+
+# The transport is set up, and may find a mistake, before torch is loaded.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNIT_BYTES = 64
 """What crosses the transport is a whole number of these: MPI counts them, and so reaches 128 GiB.
@@ -35,6 +39,8 @@ def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> T
         device: where it lies.
         is_pinned: whether it is page-locked, for copies from a GPU.
     """
+    import torch
+
     if device != "cpu" or is_pinned:
         return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=is_pinned)
     # numpy asks for huge pages, torch does not; the system gives them where a whole one fits.
@@ -50,6 +56,8 @@ def as_bytes(tensor: Tensor) -> Bytes:
     On a GPU it is the view itself, whose address MPI is given. With cold caches this takes longer than a
     small message: what crosses every round is seen so once.
     """
+    import torch
+
     view = tensor.reshape(-1).view(torch.uint8)
     flat: Bytes = view if view.is_cuda else view.numpy()  # type: ignore[assignment]
     return flat

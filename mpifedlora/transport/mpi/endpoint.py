@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpifedlora.core.agreement import STATUS_BYTES, Bytes, Status
+from mpifedlora.core.buffers import UNIT_BYTES
 from mpifedlora.errors import RunLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
 from mpifedlora.transport.mpi.survival import Survivor, known_lost, vital
@@ -94,7 +95,6 @@ class Endpoint(Survivor):
         is_pinned: bool = False,
     ) -> None:
         """Say what the messages look like, and whether a GPU will copy them (page-locked memory)."""
-        from mpifedlora.core.buffers import UNIT_BYTES
         from mpifedlora.core.plan import plan_bytes
 
         self.shapes, self.wire, self.part_bytes, self.is_pinned = shapes, wire, part_bytes, is_pinned
@@ -164,8 +164,6 @@ class Endpoint(Survivor):
             self._watch.stop()
 
     def _units(self, buffer: Bytes) -> list[object]:
-        from mpifedlora.core.buffers import UNIT_BYTES
-
         return [buffer, len(buffer) // UNIT_BYTES, self._unit]
 
     def _uplink_spans(self, plan: RoundPlan) -> list[Span]:

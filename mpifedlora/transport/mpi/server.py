@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mpifedlora.core.buffers import UNIT_BYTES, as_bytes, byte_buffer, padded
 from mpifedlora.errors import RunLost
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace, Takes
 from mpifedlora.transport.mpi.endpoint import Endpoint, Order, pieces_of
@@ -96,8 +97,6 @@ class MpiServer(Endpoint):
         """Gather what each worker has measured, (counts[worker_id], width)."""
         import torch
 
-        from mpifedlora.core.buffers import as_bytes
-
         received = torch.empty(sum(counts), width, dtype=getattr(torch, dtype))
         self.bytes_crossed += received.nbytes
         wait(self._begun(self.comm.Ibarrier()))
@@ -129,8 +128,6 @@ class MpiServer(Endpoint):
 
     def _new_landing(self, sizes: list[int]) -> _Landing:
         import torch
-
-        from mpifedlora.core.buffers import padded
 
         strides = [padded(size) for size in sizes]
         following = iter(strides)
@@ -189,15 +186,11 @@ class MpiServer(Endpoint):
         self._ahead.clear()
 
     def _fitting(self, size: int) -> Tensor:
-        from mpifedlora.core.buffers import byte_buffer
-
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer, self._landing = byte_buffer(size), None
         return self._buffer[:size]
 
     def _target(self, counts: Sequence[int], buffer: Tensor) -> tuple[Any, list[Any]]:
-        from mpifedlora.core.buffers import UNIT_BYTES, as_bytes
-
         units = [0, *(count // UNIT_BYTES for count in counts)]
         return self._mpi.IN_PLACE, [as_bytes(buffer), units, None, self._unit]
 
@@ -215,8 +208,6 @@ class MpiServer(Endpoint):
 
         The workers keep what they have received only if no update was refused.
         """
-        from mpifedlora.core.buffers import as_bytes
-
         before = self.bytes_crossed
         self._order(Order.STREAM, stream.announced)
         parts, clients = stream.parts, self._cohort.clients

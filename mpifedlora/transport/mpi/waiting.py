@@ -44,10 +44,8 @@ def wait_busily(requests: Sequence[MPI.Request], *, gives_way: bool = False) -> 
         gives_way: sleep a moment between all tests. Who only yields keeps testing, and where processes share
             cores that takes time from whom it waits for.
     """
-    from mpi4py import MPI
-
     waiting, started = list(requests), time.perf_counter()
-    while not MPI.Request.Testall(waiting):
+    while waiting and not waiting[0].Testall(waiting):
         if time.perf_counter() - started >= _SHORT_S:
             time.sleep(_SHORT_SLEEP_S)
         elif gives_way:

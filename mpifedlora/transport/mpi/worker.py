@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mpifedlora.core.buffers import UNIT_BYTES, as_bytes, padded
 from mpifedlora.transport.base import ORDER_BYTES, NodePlace
 from mpifedlora.transport.mpi.endpoint import Endpoint, Order, pieces_of
 from mpifedlora.transport.mpi.survival import survivable
@@ -96,8 +97,6 @@ class MpiWorker(Endpoint):
 
     def _fitting(self, plan: RoundPlan, message: _Message | None) -> _Message:
         """Return a place for a plan's message: the given one, if it has the size."""
-        from mpifedlora.core.buffers import as_bytes, padded
-
         if message is not None and len(message.bytes) == padded(self.wire.message_bytes(plan, self.shapes)):
             return message
         wire = self.wire.message_buffer(plan, self.shapes, is_pinned=self.is_pinned)
@@ -106,8 +105,6 @@ class MpiWorker(Endpoint):
     @survivable
     def submit_predictions(self, predictions: Tensor) -> None:
         """Send what this worker has measured, two-dimensional."""
-        from mpifedlora.core.buffers import as_bytes
-
         wait(self._begun(self.comm.Ibarrier()))
         self.comm.Gatherv([as_bytes(predictions), self._mpi.BYTE], None)
 
@@ -163,8 +160,6 @@ class MpiWorker(Endpoint):
         return [self._gather_part(rows, span) for span in spans[:IN_FLIGHT]]
 
     def _gather_part(self, rows: UpdateRows, span: Span) -> MPI.Request:
-        from mpifedlora.core.buffers import UNIT_BYTES, padded
-
         rows.settle(span.stop)
         if len(rows) <= 1:
             piece = rows.bytes[span.start : span.stop]
