@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mpifedlora.core.wire import UpdateHeader
     from mpifedlora.transport.mpi import MpiServer
 
-# Megabytes, and turns with each set of buffers. Where buffers lie and what else uses the cache changes the
-# ratio of 61 turns by 0.1: so there are several sets, one after another, and all turns count.
+# Megabytes, and turns with each set of buffers. Where buffers lie changes the ratio of 61 turns by up to 0.1.
+# So there are several sets, each elsewhere, and all turns count.
 TURNS = {2.7: 61, 33.6: 61, 134.2: 11}
 NUM_SETS = 3
 PROCESSES = (2, 4, 8)
@@ -136,16 +136,19 @@ class PackageServer:
 
 def measure(comm: MPI.Comm, megabytes: float, repeats: int, num_sets: int) -> Point:
     """Time transfers, and pipelines, of the package against bare MPI; every process of `comm` calls it."""
-    pairs = [_measure_once(comm, megabytes, repeats) for _ in range(num_sets)]
+    shapes, pairs = federation.flat_shapes(1e6 * megabytes), []
+    for _ in range(num_sets):
+        bare = Bare(comm, shapes.full().num_values)  # while those of the last set are there still: elsewhere
+        pairs.append(_measure_once(comm, shapes, bare, repeats))
     transfers, pipelines = zip(*pairs, strict=True)
     return Point(megabytes, comm.size, common.pooled(transfers), common.pooled(pipelines))
 
 
-def _measure_once(comm: MPI.Comm, megabytes: float, repeats: int) -> tuple[common.Pair, common.Pair]:
-    shapes = federation.flat_shapes(1e6 * megabytes)
+def _measure_once(
+    comm: MPI.Comm, shapes: ModelShapes, bare: Bare, repeats: int
+) -> tuple[common.Pair, common.Pair]:
     transport: Any = mpi.connect(comm)
     transport.open(shapes, comm.size - 1, federation.WIRE)
-    bare = Bare(comm, shapes.full().num_values)
     time_pair = partial(common.alternate, repeats=repeats, warm_up=2, barrier=comm.Barrier)
     if not transport.is_server:
         worker = federation.PlayedWorker(transport, shapes)
