@@ -50,6 +50,14 @@ def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> T
     return torch.from_numpy(memory[first : first + size])
 
 
+def value_buffer(num_values: int, dtype: str = "float32") -> Tensor:
+    """Return (num_values,) of a dtype, not set, in such a buffer."""
+    import torch
+
+    kind: torch.dtype = getattr(torch, dtype)
+    return byte_buffer(num_values * kind.itemsize).view(kind)
+
+
 def as_bytes(tensor: Tensor) -> Bytes:
     """See a flat tensor as bytes; numpy has no bfloat16, but any tensor has a one-byte view.
 

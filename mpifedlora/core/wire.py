@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpifedlora.core.agreement import Bytes
-from mpifedlora.core.buffers import as_bytes, byte_buffer, padded
+from mpifedlora.core.buffers import as_bytes, byte_buffer, padded, value_buffer
 from mpifedlora.core.codec import decode, draw_uniform, encode, num_bytes
 from mpifedlora.core.layout import AdapterLayout, ModelShapes, copy_common
 from mpifedlora.core.plan import HEADER_BYTES, MAGIC, STAGES, RoundPlan, header_record, packer_of
@@ -306,7 +306,7 @@ class SummedRows(UpdateRows):
 
     def __init__(self, sizes: Sequence[int], num_values: int, dtype: str, *, is_pinned: bool = False) -> None:
         super().__init__(sizes, is_pinned=is_pinned)
-        self.total = torch.zeros(num_values, dtype=getattr(torch, dtype))
+        self.total = value_buffer(num_values, dtype).zero_()
 
     def _strides(self) -> list[int]:
         return [0] * len(self.sizes)  # all clients use one row, in turn

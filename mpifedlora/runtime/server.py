@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpifedlora.core.buffers import value_buffer
 from mpifedlora.core.ledger import Ledger, Traffic, baseline_traffic, count_uplink
 from mpifedlora.core.metrics import Measured, Metrics
 from mpifedlora.core.parts import pays
@@ -83,7 +84,7 @@ class Server:
         self.cohort_sizes: list[int] = []
         self.sent = Traffic(0, 0)
         self.pipelines, self.part_bytes = pipeline and transport.can_stream, part_bytes
-        self.reduce_dtype = getattr(torch, reduce_dtype)
+        self.reduce_dtype = reduce_dtype
         self._announced: RoundPlan | None = None  # what a stream has told the workers
         self.warn, self.started = warn, started
         self.ends_early, self.keeps_states, self.policy = ends_early, keeps_states, policy
@@ -226,7 +227,7 @@ class Server:
         coordinator = self.coordinator
         judge = self._judge if coordinator.annealer.needs_judge else None
         if headers and plan.reduces:
-            total = torch.empty(plan.shared_layout(coordinator.shapes).num_values, dtype=self.reduce_dtype)
+            total = value_buffer(plan.shared_layout(coordinator.shapes).num_values, self.reduce_dtype)
             self.transport.collect_sum(total)
             return _timed(lambda: coordinator.finish_sum(headers, total, judge))
         # A stream would announce a cohort to workers that are to measure and end.
