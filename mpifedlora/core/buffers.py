@@ -18,8 +18,8 @@ UNIT_BYTES = 64
 Rows start on cache lines too, so the bits of what is computed do not depend on a row's place."""
 
 
-HUGE_PAGE_BYTES = 2**21
-"""What MPI's copies between processes pay for is pages: large buffers are whole huge pages."""
+HUGE_PAGE_BYTES, LEAST_HUGE_BYTES = 2**21, 2**18
+"""A huge page, and what one is taken for: MPI's copies between processes pay by the page."""
 
 
 def padded(size: int) -> int:
@@ -32,7 +32,7 @@ def padded(size: int) -> int:
 
 
 def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> Tensor:
-    """Return a buffer of bytes, not set, which starts on a unit border, and if large on that of a huge page.
+    """Return a buffer of bytes, not set, which starts on a unit border, from 256 KiB on that of a huge page.
 
     Args:
         size: in bytes.
@@ -43,8 +43,8 @@ def byte_buffer(size: int, *, device: str = "cpu", is_pinned: bool = False) -> T
 
     if device != "cpu" or is_pinned:
         return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=is_pinned)
-    # numpy asks for huge pages, torch does not; the system gives them where a whole one fits.
-    unit = HUGE_PAGE_BYTES if size >= HUGE_PAGE_BYTES else UNIT_BYTES
+    # numpy asks for huge pages from 4 MiB on, torch never; the system gives them where a whole one fits.
+    unit = HUGE_PAGE_BYTES if size >= LEAST_HUGE_BYTES else UNIT_BYTES
     memory = np.empty(-(-size // unit) * unit + unit, np.uint8)
     first = -memory.ctypes.data % unit
     return torch.from_numpy(memory[first : first + size])
