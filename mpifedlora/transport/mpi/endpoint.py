@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from mpifedlora.core.plan import RoundPlan
     from mpifedlora.core.wire import WireFormat
 
-LARGEST_COUNT = 2**30
-"""Elements of one reduction: MPI counts them with 32 bits."""
+PIECE_BYTES = 2**20
+"""Of one reduction. For a larger one Open MPI takes new memory, which costs more than the sum."""
 _OTHERS_TELL_S = 1.0
 # From here on Open MPI's Ibcast is no slower than its Bcast on one machine, and with 4 processes faster.
 _LARGE_BYTES = 2**23
@@ -188,6 +188,7 @@ class Endpoint(Survivor):
 
 
 def pieces_of(buffer: npt.NDArray[np.generic]) -> Iterator[npt.NDArray[np.generic]]:
-    """Cut a flat array into pieces that one MPI count can hold."""
-    for start in range(0, len(buffer), LARGEST_COUNT):
-        yield buffer[start : start + LARGEST_COUNT]
+    """Cut a flat array into pieces of PIECE_BYTES: small enough for any MPI call."""
+    step = PIECE_BYTES // buffer.itemsize
+    for start in range(0, len(buffer), step):
+        yield buffer[start : start + step]

@@ -182,13 +182,14 @@ class Adder(Echo):
 
 
 @pytest.mark.parametrize(
-    ("largest_count", "num_pieces"), [(7, 10), (2**30, 1)], ids=["in pieces", "in one piece"]
+    ("values_a_piece", "num_pieces"), [(7, 10), (69, 1)], ids=["in pieces", "in one piece"]
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_sum_is_exact_and_that_of_the_twin(comm, monkeypatch, dtype, largest_count, num_pieces):
+def test_the_sum_is_exact_and_that_of_the_twin(comm, monkeypatch, dtype, values_a_piece, num_pieces):
     if comm.size == 1:
         return
-    monkeypatch.setattr(endpoint_module, "LARGEST_COUNT", largest_count)
+    itemsize = getattr(torch, dtype).itemsize
+    monkeypatch.setattr(endpoint_module, "PIECE_BYTES", values_a_piece * itemsize)
     endpoint = mpi.connect(comm)
     # With more than two workers, some have no client.
     plan = make_plan([0, 0, endpoint.num_workers - 1, -1], reduces=True)
