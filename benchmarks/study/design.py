@@ -194,7 +194,7 @@ CORE: tuple[Arm, ...] = (
     Arm("flexlora", "FlexLoRA, rank 16", {"federation.method": "flexlora", **_lora(16)}),
     Arm("sa-published", "SA-FedLoRA as published: a `full` round, then `drop`", {
         **ANNEALED, **_lora(16), **PUBLISHED, "annealing.cut": "drop",
-    }, follows="sa-adapter"),
+    }),
     Arm("sa-full", "SA-FedLoRA, a `full` round first, `freeze`", {
         **ANNEALED, **_lora(16), **PUBLISHED,
     }, follows="sa-adapter"),
