@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mpifedlora.core.wire import WireFormat
 
 PIECE_BYTES = 2**20
-"""Of one reduction. For a larger one Open MPI takes new memory, which costs more than the sum."""
+"""Of one reduction, and of what is shared: for a larger sum Open MPI takes new memory, which is slow."""
 _OTHERS_TELL_S = 1.0
 # From here on Open MPI's Ibcast is no slower than its Bcast on one machine, and with 4 processes faster.
 _LARGE_BYTES = 2**23
