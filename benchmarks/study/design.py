@@ -355,6 +355,14 @@ TRIED: tuple[Arm, ...] = (
     Arm("tried-full-21-14", "a `full` round, rank 21 to 14 late, momentum 0.5, server's step 1", {
         **FULL_21,
     }, (2.5e-4,)),
+    Arm("tried-full-steep", "a `full` round at 1.2e-3, rank 20 to 8 late, momentum 0.5, server's step 1", {
+        **LATE, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "training.full_learning_rate": 1.2e-3,
+        "server_optimizer.learning_rate": 1.0,
+    }, (5e-4,)),
+    Arm("tried-full-twice", "two `full` rounds, rank 8 to 4 late, momentum 0.5, server's step 1", {
+        **LATE, **PUBLISHED, **_lora(8), "lora.rank_min": 4, "initiating.rounds": 2,
+        "training.full_learning_rate": 6e-4, "server_optimizer.learning_rate": 1.0,
+    }, (5e-4,)),
     Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
         "federation.method": "rolora", **_lora(16),
     }, (1e-3,)),
