@@ -161,7 +161,8 @@ LATE: Switches = {
     "aggregation.kind": "factors",
     **MOMENTUM,
 }
-RATED: Switches = {**APART, **MOMENTUM, "server_optimizer.learning_rate": 1.0, "annealing.rate_exponent": 1.0}
+APART_RATED: Switches = {**APART, "annealing.rate_exponent": 1.0}
+RATED: Switches = {**APART_RATED, **MOMENTUM, "server_optimizer.learning_rate": 1.0}
 FIXED: Switches = {
     "federation.method": "custom",
     "aggregation.kind": "factors",
@@ -200,6 +201,11 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
+    Arm(
+        "sa-factors-rated",
+        "SA-FedLoRA, adapter only, A and B averaged apart, rate rises as the rank falls",
+        APART_RATED,
+    ),
     Arm("sa-rated", "SA-FedLoRA, adapter only, rate rises as the rank falls, momentum on the server", RATED),
     Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 late, momentum on the server", LATE),
     Arm("sa-late-bfloat16", "the same, bfloat16 on the wire", {
