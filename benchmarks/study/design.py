@@ -161,8 +161,8 @@ LATE: Switches = {
     "aggregation.kind": "factors",
     **MOMENTUM,
 }
-APART_RATED: Switches = {**APART, "annealing.rate_exponent": 1.0}
-RATED: Switches = {**APART_RATED, **MOMENTUM, "server_optimizer.learning_rate": 1.0}
+EXACT_RATED: Switches = {**ANNEALED, "annealing.rate_exponent": 1.0}
+RATED: Switches = {**APART, **MOMENTUM, "server_optimizer.learning_rate": 1.0, "annealing.rate_exponent": 1.0}
 FIXED: Switches = {
     "federation.method": "custom",
     "aggregation.kind": "factors",
@@ -201,11 +201,7 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
-    Arm(
-        "sa-factors-rated",
-        "SA-FedLoRA, adapter only, A and B averaged apart, rate rises as the rank falls",
-        APART_RATED,
-    ),
+    Arm("sa-exact-rated", "SA-FedLoRA, adapter only, rate rises as the rank falls", EXACT_RATED),
     Arm("sa-rated", "SA-FedLoRA, adapter only, rate rises as the rank falls, momentum on the server", RATED),
     Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 late, momentum on the server", LATE),
     Arm("sa-late-bfloat16", "the same, bfloat16 on the wire", {
@@ -347,6 +343,12 @@ TRIED: tuple[Arm, ...] = (
     Arm("tried-full-rated", "a `full` round, rank 24 to 12, momentum 0.5, step 1, rate_exponent 1", {
         **APART, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "training.full_learning_rate": 6e-4,
         **_momentum(0.5, 1.0), "annealing.rate_exponent": 1.0,
+    }, (5e-4,)),
+    Arm("tried-factors-rated", "rank 12 to 2 early, plain averages of A and B, rate_exponent 1", {
+        **APART, "annealing.rate_exponent": 1.0,
+    }, (1e-3,)),
+    Arm("tried-full-exact-rated", "a `full` round, rank 16 to 2 early, exact sums, rate_exponent 1", {
+        **EXACT_RATED, **PUBLISHED, **_lora(16),
     }, (5e-4,)),
     Arm("tried-late-exact", "rank 9 to 2 late, exact sums, no momentum", {
         **ANNEALED, **_lora(9), "annealing.heating_rounds": 24,
