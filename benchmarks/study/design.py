@@ -242,6 +242,15 @@ SMALL: tuple[Arm, ...] = (
         )
         for rounds in (1, 10)
     ),
+    *(
+        Arm(
+            f"small-sa-{rounds}-rated",
+            f"the same, {rounds} `full` round{'s' * (rounds > 1)}, rate rises as the rank falls",
+            {**SMALL_ANNEALED, "initiating.rounds": rounds, "annealing.rate_exponent": 1.0},
+            SMALL_RATES,
+        )
+        for rounds in (1, 10)
+    ),
 )
 SMALL_SETTINGS = ("mnist", "instructions")
 
