@@ -16,6 +16,7 @@ from mpifedlora.core.switches import Switches
 
 def plan_round(
     switches: Switches,
+    shapes: ModelShapes,
     round_num: int,
     lora_ranks: tuple[int, ...],
     frozen_ranks: tuple[int, ...],
@@ -26,6 +27,7 @@ def plan_round(
 
     Args:
         switches: of the method.
+        shapes: of the model.
         round_num: 1..num_rounds; num_rounds + 1 trains nobody, and carries the final model.
         lora_ranks: rank of each module.
         frozen_ranks: of what is added to the base weights before the round.
@@ -39,7 +41,8 @@ def plan_round(
     workers = tuple(switches.choose_workers(planned, without))
     rate = switches.learning_rate(planned, scope)
     if scope != "full":
-        rate *= rank_factor(switches.rate_exponent, schedule.rank_max, lora_ranks)
+        first_ranks = uniform(schedule.rank_max, shapes.modules)
+        rate *= rank_factor(switches.rate_exponent, first_ranks, lora_ranks)
     return RoundPlan(
         round_num=round_num,
         stage=schedule.stage(planned),
@@ -65,7 +68,8 @@ def plan_first(switches: Switches, shapes: ModelShapes) -> RoundPlan:
     budget = switches.schedule.budget(1)
     states = [0] * num_clients if switches.client_keeps_state else []
     nothing = (0,) * len(shapes.modules)
-    return plan_round(switches, 1, uniform(budget, shapes.modules), nothing, states, [0] * num_clients)
+    lora_ranks = uniform(budget, shapes.modules)
+    return plan_round(switches, shapes, 1, lora_ranks, nothing, states, [0] * num_clients)
 
 
 def plan_next(
@@ -89,7 +93,7 @@ def plan_next(
         failures: by client id, in a row from now on.
     """
     forms = frozen_forms(switches, present, shapes, lora_ranks, used)
-    plan = plan_round(switches, present.round_num + 1, lora_ranks, forms, state_rounds, failures)
+    plan = plan_round(switches, shapes, present.round_num + 1, lora_ranks, forms, state_rounds, failures)
     if present.scope == "full" and plan.scope != "full":
         return replace(plan, sends_base=True, sends_state=True, sends_parts="")
     parts: Parts = "ab" if plan.scope == "full" else parts_to_send(switches, present, shapes, lora_ranks)

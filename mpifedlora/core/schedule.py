@@ -121,15 +121,20 @@ def warmup_factor(warmup_rounds: int, round_num: int) -> float:
     return min(1.0, round_num / (warmup_rounds + 1))
 
 
-def rank_factor(exponent: float, rank_max: int, lora_ranks: Sequence[int]) -> float:
-    """Return the factor on the learning rate where the rank has fallen: (rank_max / mean rank) ** exponent.
+def rank_factor(exponent: float, first_ranks: Sequence[int], lora_ranks: Sequence[int]) -> float:
+    """Return the factor on the learning rate where the rank has fallen: (first / present) ** exponent.
 
     Under Adam each direction of B @ A moves by about the learning rate, r of them together by r times that.
 
-    >>> rank_factor(1.0, 16, [4, 4]), rank_factor(0.5, 16, [4, 4]), rank_factor(0.0, 16, [4, 4])
+    Args:
+        exponent: 0 leaves the learning rate as it is.
+        first_ranks: of the modules before any cut.
+        lora_ranks: of the modules now; the means of both are compared.
+
+    >>> rank_factor(1.0, [16, 8], [4, 2]), rank_factor(0.5, [16, 8], [4, 2]), rank_factor(0.0, [16], [4])
     (4.0, 2.0, 1.0)
     """
-    factor: float = (rank_max * len(lora_ranks) / sum(lora_ranks)) ** exponent
+    factor: float = (sum(first_ranks) / sum(lora_ranks)) ** exponent
     return factor
 
 

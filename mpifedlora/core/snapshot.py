@@ -97,7 +97,14 @@ def _by_client(values: Any, num_clients: int) -> list[int]:
 
 def _planned_again(coordinator: Coordinator, saved: RoundPlan) -> RoundPlan:
     by_client = coordinator.state_rounds, coordinator.failures
-    plan = plan_round(coordinator.switches, saved.round_num, saved.lora_ranks, saved.frozen_ranks, *by_client)
+    plan = plan_round(
+        coordinator.switches,
+        coordinator.shapes,
+        saved.round_num,
+        saved.lora_ranks,
+        saved.frozen_ranks,
+        *by_client,
+    )
     about_message = ("sends_base", "sends_state", "sends_parts", "mapped_ranks")
     again = replace(plan, **{name: getattr(saved, name) for name in about_message})
     if again.scope != saved.scope:

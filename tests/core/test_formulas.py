@@ -104,4 +104,4 @@ def test_the_learning_rate_follows_the_rank():
         names = {**FUNCTIONS, **formula.values, "b": lambda t: evaluate(ranks, t)["b"], "t": t}
         rate = eval(dict(formula.equations)["eta(t)"].replace("^", "**"), {"__builtins__": {}}, names)
         budget = evaluate(ranks, t)["b"]
-        assert rate == pytest.approx(0.02 * rank_factor(0.5, 8, [budget]))
+        assert rate == pytest.approx(0.02 * rank_factor(0.5, [8], [budget]))

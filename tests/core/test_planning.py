@@ -33,7 +33,7 @@ def switches(**fields: Any) -> Switches:
 
 def test_a_plan_is_that_of_its_round() -> None:
     method = switches(reduces=True, client_ranks=(1, 2, 3), scope="b-only")
-    plan = plan_round(method, 2, (4, 3), (1, 0), [0, 2, 0], [0, 0, 0])
+    plan = plan_round(method, SHAPES, 2, (4, 3), (1, 0), [0, 2, 0], [0, 0, 0])
     assert plan == RoundPlan(
         round_num=2,
         stage="annealing",
@@ -48,10 +48,10 @@ def test_a_plan_is_that_of_its_round() -> None:
         mu=1.0,
         temperature=0.5,
     )
-    first = plan_round(method, 1, (4, 3), (0, 0), [], [])
+    first = plan_round(method, SHAPES, 1, (4, 3), (0, 0), [], [])
     assert (first.stage, first.scope, first.learning_rate) == ("initiating", "full", 5.0)
     flags = {"keeps_b": True, "keeps_head": True, "has_variates": True}
-    kept = plan_round(switches(**flags), 2, (4, 3), (0, 0), [], [])
+    kept = plan_round(switches(**flags), SHAPES, 2, (4, 3), (0, 0), [], [])
     assert {name: getattr(kept, name) for name in flags} == flags
 
 
@@ -60,14 +60,17 @@ def test_a_plan_is_that_of_its_round() -> None:
 )
 def test_the_learning_rate_rises_as_the_mean_rank_falls(exponent: float, rate: float) -> None:
     method = switches(rate_exponent=exponent, scope="b-only")
-    plan = plan_round(method, 2, (2, 3), (0, 0), [], [])
+    plan = plan_round(method, SHAPES, 2, (2, 3), (0, 0), [], [])
     assert plan.learning_rate == pytest.approx(rate)
-    whole = plan_round(method, 1, (2, 3), (0, 0), [], [])  # no rank in it
+    small = replace(SHAPES, modules=(LinearShape("q", 2, 9), LinearShape("v", 9, 9)))  # q has rank 2 at most
+    plan = plan_round(method, small, 2, (2, 4), (0, 0), [], [])
+    assert plan.learning_rate == 3.0  # nothing has fallen yet
+    whole = plan_round(method, SHAPES, 1, (2, 3), (0, 0), [], [])  # no rank in it
     assert whole.learning_rate == 5.0
 
 
 def test_the_final_plan_is_the_last_rounds_without_anybody() -> None:
-    last, final = (plan_round(switches(), round_num, (2, 2), (0, 0), [], []) for round_num in (3, 4))
+    last, final = (plan_round(switches(), SHAPES, round_num, (2, 2), (0, 0), [], []) for round_num in (3, 4))
     assert final == replace(last, round_num=4, workers=(ABSENT,) * 3)
     assert last.cohort == (0, 2)
 
@@ -78,7 +81,7 @@ def test_the_final_plan_is_the_last_rounds_without_anybody() -> None:
 )
 def test_who_has_failed_too_often_is_not_chosen(failures: list[int], workers: tuple[int, ...]) -> None:
     method = switches(max_failures=2)
-    assert plan_round(method, 2, (4, 3), (0, 0), [], failures).workers == workers
+    assert plan_round(method, SHAPES, 2, (4, 3), (0, 0), [], failures).workers == workers
 
 
 def test_after_the_last_round_nobody_has_to_be_left() -> None:
@@ -87,7 +90,7 @@ def test_after_the_last_round_nobody_has_to_be_left() -> None:
         return [0, 0, 0]
 
     method = replace(switches(), choose_workers=choose)
-    assert plan_round(method, 4, (2, 2), (0, 0), [], [9, 9, 9]).cohort == ()
+    assert plan_round(method, SHAPES, 4, (2, 2), (0, 0), [], [9, 9, 9]).cohort == ()
 
 
 @pytest.mark.parametrize(
