@@ -168,7 +168,12 @@ def main(
 ) -> None:
     """Run the comparison, seed by seed, and print a Markdown table."""
     out.mkdir(parents=True, exist_ok=True)
-    common = [f"federation.num_rounds={rounds}", f"evaluation.every={rounds}", "evaluation.max_examples=1200"]
+    common = [
+        "annealing.rate_exponent=0",
+        f"federation.num_rounds={rounds}",
+        f"evaluation.every={rounds}",
+        "evaluation.max_examples=1200",
+    ]
     by_wire: dict[Wire, list[Row]] = {wire: [] for wire in WIRES}
     for seed in range(seeds):
         for wire, rows in by_wire.items():

@@ -142,6 +142,7 @@ ANNEALED: Switches = {
     "annealing.schedule": "linear",
     "annealing.heating_rounds": 2,
     "annealing.cut": "freeze",
+    "annealing.rate_exponent": 0.0,
 }
 PUBLISHED: Switches = {
     "initiating.scope": "full",
@@ -229,6 +230,7 @@ SMALL_ANNEALED: Switches = {
     "annealing.schedule": "linear",
     "annealing.heating_rounds": 2,
     "annealing.cut": "freeze",
+    "annealing.rate_exponent": 0.0,
 }
 SMALL: tuple[Arm, ...] = (
     Arm("small-fedavg", "FedAvg, whole model", {"federation.method": "fedavg"}, SMALL_RATES, FULL_KEY),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mpifedlora.core.method_config import RunTables
 
 BUDGET = "max(1, floor(rank_min + (rank_max - rank_min) * tau(t) + 1/2))"
+_FIXED = ("b(t)", "rank_max")
 TEMPERATURES = {
     "constant": "1",
     "linear": "1 - u(t)",
@@ -69,11 +70,11 @@ def rank_formula(config: RunTables) -> Formula | None:
     equations = [("b(t)", BUDGET), ("tau(t)", TEMPERATURES[kind])]
     values: dict[str, float] = {"rank_max": lora.rank_max, "rank_min": lora.rank_min}
     if kind == "constant":
-        return Formula([("b(t)", "rank_max")], {"rank_max": lora.rank_max}, "", "")
+        return Formula([_FIXED], {"rank_max": lora.rank_max}, "", "")
     start = config.initiating.rounds + annealing.heating_rounds
     cooling = annealing.cooling_rounds or config.federation.num_rounds - start
     if cooling <= 0:
-        return Formula([("b(t)", "rank_max")], values, "the run ends before cooling begins", _PAPER)
+        return Formula([_FIXED], values, "the run ends before cooling begins", _PAPER)
     equations.append(("u(t)", COOLED))
     values |= {"start": start, "cooling": cooling}
     values |= {"tau_end": annealing.exponential_end} if kind == "exponential" else {}
@@ -100,8 +101,8 @@ def rate_formula(config: RunTables) -> Formula:
         rounds["warmup_rounds"] = training.warmup_rounds
         start = config.rounds_before_scope
         product += f" * min(1, {f'(t - {start})' if start else 't'} / (warmup_rounds + 1))"
-    exponent = config.annealing.rate_exponent
-    if exponent and not is_full:
+    exponent, ranks = config.annealing.rate_exponent, rank_formula(config)
+    if exponent and ranks and _FIXED not in ranks.equations:
         rounds |= {"rank_max": config.lora.rank_max, "rate_exponent": exponent}
         product += " * (rank_max / b(t)) ^ rate_exponent"
     return Formula([("eta(t)", product)], {"eta_1": rate, **rounds}, "", "")

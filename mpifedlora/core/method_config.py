@@ -137,9 +137,9 @@ class AnnealingConfig(Section):
         "`spectral`: the directions with the largest singular value per value sent, at least one each.",
     )
     rate_exponent: NonNegative = Field(
-        0.0,
-        description="As the rank falls, training.learning_rate is multiplied by (rank_max / rank) to the "
-        "power of this, rank the mean over the modules. Under Adam a step moves B @ A by about the rank "
+        1.0,
+        description="As the rank falls, training.learning_rate is multiplied by (rank at the start / rank) "
+        "to the power of this, both means over the modules. Under Adam a step moves B @ A by about the rank "
         "times the learning rate: 1 makes up for that, 0 does not.",
     )
     cut_step: PositiveInt = Field(1, description="Ranks that `metropolis` and `target` cut at a time.")

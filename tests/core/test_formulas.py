@@ -78,7 +78,8 @@ def test_the_whole_model_has_no_rank():
 @pytest.mark.parametrize("scope", ["adapter", "full"])
 def test_the_learning_rate_is_that_of_the_run(kind, scope):
     rates = {"learning_rate": 0.02, "full_learning_rate": 0.001}
-    config = config_with(training={"learning_rate_schedule": kind, "scope": scope, **rates})
+    training = {"learning_rate_schedule": kind, "scope": scope, **rates}
+    config = config_with(training=training, annealing={"schedule": "constant"})
     largest = 0.001 if scope == "full" else 0.02
     for t in (1, 5, 11):
         wanted = largest * learning_rate_factor(kind, t, 11)
@@ -90,7 +91,8 @@ def test_the_learning_rate_is_that_of_the_run(kind, scope):
 )
 def test_the_learning_rate_warms_up(initiating, start):
     training = {"learning_rate": 0.02, "warmup_rounds": 4, "learning_rate_schedule": "constant"}
-    formula = rate_formula(config_with(training=training, initiating=initiating))
+    annealing = {"schedule": "constant"}
+    formula = rate_formula(config_with(training=training, initiating=initiating, annealing=annealing))
     rates = [evaluate(formula, start + t)["eta"] for t in (1, 2, 5, 6)]
     assert rates == pytest.approx([0.004, 0.008, 0.02, 0.02])
 
