@@ -160,7 +160,8 @@ def estimate_memory(
 
 
 def _server(config: RunTables, model: ModelSizes, values: int, held: Mapping[str, int]) -> Footprint:
-    vectors = 2 * (config.server_optimizer.kind != "none") + config.training.control_variates
+    moments = {"none": 0, "momentum": 1}.get(config.server_optimizer.kind, 2)
+    vectors = 2 * moments + config.training.control_variates  # before and after the round
     in_checkpoint = 0 if config.checkpoint.every == 0 else 2 * held["message and state"]
     if _changes_base(config) and config.checkpoint.every:
         in_checkpoint += 2 * _FLOAT * model.base_values
@@ -247,7 +248,6 @@ def _comes_in_parts(config: RunTables) -> bool:
         (config.transport.pipeline and is_plain and is_local and set(ranks_of_clients(config)) == {rank_max})
         and (aggregation.kind in ("product", "factors", "zero-pad") and aggregation.weights != "frobenius")
         and not (config.training.control_variates or config.privacy.clip_norm is not None)
-        and config.server_optimizer.kind == "none"
     )
 
 

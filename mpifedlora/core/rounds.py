@@ -196,6 +196,7 @@ class Coordinator:
         """Take over what a stream has made, once all its parts are in and none was refused."""
         self._remember(stream.admitted.used, stream.admitted.outcomes)
         self.annealer.budget = stream.budget
+        self.flat_update.moments = stream.moments or self.flat_update.moments
         self._enter(stream.opening, stream.lost)
         return report_round(*stream.admitted, stream.aggregates, sees_factors=not self.switches.keeps_b)
 

@@ -23,6 +23,8 @@ from mpifedlora.core.opening import FROZEN, STATE, Lost, Opening, Rounding, writ
 from mpifedlora.core.parts import Part
 from mpifedlora.core.plan import RoundPlan
 from mpifedlora.core.screening import NOT_CHOSEN, NOT_FINITE, USED, Contribution
+from mpifedlora.core.server_optimizer import Moments
+from mpifedlora.core.server_update import FlatUpdate
 from mpifedlora.core.switches import Switches
 from mpifedlora.core.wire import UpdateHeader
 
@@ -93,6 +95,9 @@ class RoundStream:
         segments = opening.plan.segments(shapes)
         self._before = _Pieces(combination.plan.layout(shapes))
         self._after, self._sent = _Pieces(opening.plan.layout(shapes)), _Pieces(segments.state)
+        self.moments: Moments | None = None  # of the server's optimiser after the round
+        self._moved = _Pieces(combination.plan.shared_layout(shapes))
+        self._carried = _Pieces(opening.plan.shared_layout(shapes))
         self._is_apart = self._sent.layout != self._after.layout  # then the state is not in the message
         self._flats = opening.plan.split(shapes, opening.message)
         self._frozen_factors = segments.frozen.factors(self._flats.frozen)
@@ -132,7 +137,9 @@ class RoundStream:
         else:
             own = self._after.select(part)
             values = {client_id: wire.decode_update(own, row, reference) for client_id, row in used.items()}
-        mean = whole.flat_update.advance(reference, list(values.values()), self.admitted.weights, state)
+        flat_update = self._flat_update(part)
+        mean = flat_update.advance(reference, list(values.values()), self.admitted.weights, state)
+        self._keep_moments(part, flat_update)
         is_mean = whole.switches.combiner is weighted_mean
         if self._is_sound(values, mean if is_mean else None):
             self._send(part, state, [])
@@ -152,6 +159,7 @@ class RoundStream:
         else:
             state.copy_(values)
         self.aggregates += aggregates
+        self._keep_moments(part, piece.flat_update)
         self._send(part, state, aggregates)
 
     def _own_bytes(self, part: Part, row: Tensor) -> Tensor:
@@ -175,7 +183,29 @@ class RoundStream:
             mapped_ranks=(),
         )
         shapes = ModelShapes(own.modules, own.whole, ())
-        return replace(whole, shapes=shapes, plan=plan, state=whole.state[span])
+        flat_update = self._flat_update(part)
+        return replace(whole, shapes=shapes, plan=plan, state=whole.state[span], flat_update=flat_update)
+
+    def _flat_update(self, part: Part) -> FlatUpdate:
+        """Return what advances a part: with moments of its own, where the server has an optimiser."""
+        whole = self.combination.flat_update
+        own = FlatUpdate(whole.combiner, whole.optimizer)
+        moments, span = whole.moments, self._moved.span(part)
+        if moments is not None and moments.first.numel() == self._moved.layout.num_values:
+            own.moments = Moments(moments.first[span].clone(), moments.second[span].clone())
+        return own
+
+    def _keep_moments(self, part: Part, own: FlatUpdate) -> None:
+        if own.moments is None:
+            return
+        if self.moments is None:
+            num_values = self._carried.layout.num_values
+            self.moments = Moments(
+                torch.empty(num_values), torch.empty(num_values * (own.moments.second.numel() > 0))
+            )
+        span = self._carried.span(part)
+        self.moments.first[span] = own.moments.first
+        self.moments.second[span] = own.moments.second
 
     def _cut(
         self,
@@ -192,6 +222,9 @@ class RoundStream:
         sums = piece.sums(values, received, self.admitted.weights)
         if piece.switches.device != "cpu":
             decompose(sums, active, piece.switches.device)
+        if piece.flat_update.moments is not None and active != piece.plan.lora_ranks:
+            maps = [one.map(least) for one, least in zip(sums, active, strict=True)]
+            piece.flat_update.carry(self._moved.select(part), self._carried.select(part), maps)
         aggregates = []
         for one, most, least in zip(sums, kept, active, strict=True):
             aggregates.append(one.cut(most, least))

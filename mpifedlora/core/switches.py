@@ -92,12 +92,12 @@ class Switches:
         """Whether one module's next values follow from that module's updates alone.
 
         Then a round can be finished in parts. What needs whole updates first is refused here: norms, Krum,
-        spectral allocation, a cut that is tried; and what is not worth it: the server's moments and noise,
-        control variates, folded residuals and stacks, clients' own ranks.
+        spectral allocation, a cut that is tried; and what is not worth it: noise, control variates, folded
+        residuals and stacks, clients' own ranks.
         """
         needs_norms = self.weights == "frobenius" or self.screening.compares
         is_cut_apart = not self.is_spectral and self.schedule.kind != "metropolis"
-        is_plain = self.optimizer is None and self.noise is None and not self.has_variates
+        is_plain = self.noise is None and not self.has_variates
         return is_plain and is_cut_apart and not (needs_norms or self.aggregator.folds or self.client_ranks)
 
     def counts(self, header: UpdateHeader) -> float:
