@@ -27,6 +27,7 @@ VALIDATION = "data.validation_fraction=0.2"
 PRIVATE = ["privacy.clip_norm=0.5", "privacy.noise_multiplier=1.0", "privacy.noise_seed=3"]
 PRIVATE += ["aggregation.weights=equal"]
 CUSTOM = "federation.method=custom"
+EXACT = "aggregation.kind=product"
 SMALL = "transport.chunk_bytes=1536"  # as few bytes as a part may have: most are of one module
 
 PRESETS = {name: [f"federation.method={name}"] for name in METHODS if name != "custom"}
@@ -34,7 +35,7 @@ VARIANTS = {
     "hetlora, ranks": [*PRESETS["hetlora"], UNLIKE],
     "flexlora, ranks": [*PRESETS["flexlora"], UNLIKE],
     "flora, ranks": [*PRESETS["flora"], UNLIKE],
-    "annealed ranks, cohort": [UNLIKE, TWO_OF_FOUR],
+    "annealed ranks, cohort": [EXACT, UNLIKE, TWO_OF_FOUR],
     "rolora, cohort": [*PRESETS["rolora"], TWO_OF_FOUR, SMALL],
     "fedsa-lora, cohort": [*PRESETS["fedsa-lora"], TWO_OF_FOUR, "evaluation.on=workers", SMALL],
     "own head": [
@@ -57,10 +58,11 @@ VARIANTS = {
     ],
     "fedyogi with cuts": [CUSTOM, "aggregation.kind=factors", "server_optimizer.kind=fedyogi"],
     "residual with cuts": [CUSTOM, "aggregation.kind=residual"],
-    "spectral": ["annealing.allocation=spectral"],
-    "metropolis": ["annealing.schedule=metropolis", "annealing.cut=drop", VALIDATION],
+    "exact sums, cohort": [EXACT, TWO_OF_FOUR, SMALL],
+    "spectral": [EXACT, "annealing.allocation=spectral"],
+    "metropolis": [EXACT, "annealing.schedule=metropolis", "annealing.cut=drop", VALIDATION],
     "target": ["annealing.schedule=target", VALIDATION, SMALL],
-    "median": ["aggregation.robust=median", SMALL],
+    "median": [EXACT, "aggregation.robust=median", SMALL],
     "multi-krum": ["aggregation.robust=multi-krum", "aggregation.num_byzantine=0"],
     "private ffa-lora": [*PRESETS["ffa-lora"], *PRIVATE, TWO_OF_FOUR, "federation.sampling=poisson"],
     "private fedavg": [*PRESETS["fedavg"], *PRIVATE],

@@ -143,6 +143,7 @@ ANNEALED: Switches = {
     "annealing.heating_rounds": 2,
     "annealing.cut": "freeze",
     "annealing.rate_exponent": 0.0,
+    "aggregation.kind": "product",
 }
 PUBLISHED: Switches = {
     "initiating.scope": "full",
@@ -202,8 +203,8 @@ CORE: tuple[Arm, ...] = (
     }, follows="sa-adapter"),
     Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
-    Arm("sa-exact-rated", "SA-FedLoRA, adapter only, rate rises as the rank falls", EXACT_RATED),
-    Arm("sa-rated", "SA-FedLoRA, adapter only, rate rises as the rank falls, momentum on the server", RATED),
+    Arm("sa-exact-rated", "SA-FedLoRA, adapter only, rate follows the rank", EXACT_RATED),
+    Arm("sa-rated", "SA-FedLoRA, adapter only, as by default: momentum, rate follows the rank", RATED),
     Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 late, momentum on the server", LATE),
     Arm("sa-late-bfloat16", "the same, bfloat16 on the wire", {
         **LATE, "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
@@ -231,6 +232,7 @@ SMALL_ANNEALED: Switches = {
     "annealing.heating_rounds": 2,
     "annealing.cut": "freeze",
     "annealing.rate_exponent": 0.0,
+    "aggregation.kind": "product",
 }
 SMALL: tuple[Arm, ...] = (
     Arm("small-fedavg", "FedAvg, whole model", {"federation.method": "fedavg"}, SMALL_RATES, FULL_KEY),
@@ -247,8 +249,24 @@ SMALL: tuple[Arm, ...] = (
     *(
         Arm(
             f"small-sa-{rounds}-rated",
-            f"the same, {rounds} `full` round{'s' * (rounds > 1)}, rate rises as the rank falls",
+            f"the same, {rounds} `full` round{'s' * (rounds > 1)}, rate follows the rank",
             {**SMALL_ANNEALED, "initiating.rounds": rounds, "annealing.rate_exponent": 1.0},
+            SMALL_RATES,
+        )
+        for rounds in (1, 10)
+    ),
+    *(
+        Arm(
+            f"small-sa-{rounds}-default",
+            f"as by default, {rounds} `full` round{'s' * (rounds > 1)}: momentum, rate follows the rank",
+            {
+                **SMALL_ANNEALED,
+                **MOMENTUM,
+                "server_optimizer.learning_rate": 1.0,
+                "aggregation.kind": "factors",
+                "initiating.rounds": rounds,
+                "annealing.rate_exponent": 1.0,
+            },
             SMALL_RATES,
         )
         for rounds in (1, 10)

@@ -24,9 +24,7 @@ import common
 from scale_costs import (
     ANNEALED,
     CLIENTS,
-    FIXED,
     FIXED_RANK,
-    FULL,
     METHODS,
     MODELS,
     SERVER_GBIT,
@@ -174,16 +172,17 @@ def _findings(rows: Sequence[Row], svds: Sequence[SvdRow]) -> Iterator[str]:
         f"server's link, {', '.join(at_many)}."
     )
     near = [row for row in wide if (row.model, row.link, row.clients) == (large, CLUSTER, many)]
-    summed = [duration(find(near, method=method, collect="reduce").link_s) for method in (FULL, FIXED)]
+    summed = [duration(find(near, method=method, collect="reduce").link_s) for method in METHODS]
     yield (
-        '**At 100 Gbit/s annealing can lose**: means may be added up on the way (`collect = "reduce"`, '
-        f"4-byte only), {large} with {many:,} clients in {summed[0]} (FedAvg) and {summed[1]} "
-        f"({fixed_name}). An exact sum needs all updates at the server: "
-        f"{duration(find(near, method=ANNEALED).link_s)}."
+        '**At 100 Gbit/s** means may be added up on the way (`collect = "reduce"`, 4-byte only): '
+        f"{large} with {many:,} clients in {summed[0]} (FedAvg), {summed[1]} ({fixed_name}) and "
+        f'{summed[2]} (annealed). There an exact sum (`aggregation.kind = "product"`) can lose, which needs '
+        f"all updates at the server: {duration(find(near, method=ANNEALED, collect='gather').link_s)}."
     )
     yield (
         f"**SVDs of exact sums** ({fixed_name}; annealed, mean round; its last, rank {svds[0].last_rank}) "
-        "take longer still. `fedit` and FedAvg have none. `bench_aggregation.py` timed them on "
+        "take longer still. Means, which `sa-fedlora` takes by default, have none but a cut's. "
+        "`bench_aggregation.py` timed them on "
         f"{_machine('bench_aggregation')}; *: scaled from its sizes. Cores share them."
     )
 

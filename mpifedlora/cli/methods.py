@@ -14,7 +14,8 @@ def command(as_json: bool) -> None:
     """Show the methods: their papers and the switches that they set.
 
     A method is a preset of the run file's keys ([federation] method). The keys that it sets win over the
-    run file; its defaults apply where the run file is silent; `custom` leaves every switch to the file.
+    run file; its defaults apply where the run file is silent, and go together: a file that names one of
+    their kinds chooses all of them itself. `custom` leaves every switch to the file.
     The table leaves out what is the run file's default anyway; --json has every key.
     """
     click.echo(_as_json() if as_json else _as_table())

@@ -37,9 +37,9 @@ def _late_updates_have_a_place(config: RunTables) -> None:
     needs_one_scope(config, subject, "what was trained in one stage has no place in the other")
     why = "the next round trains the other factor"
     needs(config, subject, "training.scope", "adapter", "full", "b-only", why=why)
-    if config.training.scope == "adapter" and config.aggregation.kind not in ("product", "stack"):
+    if config.training.scope == "adapter" and config.annealing.schedule != "constant":
         why = "a cut gives the mean factors a new basis, in which an earlier change means nothing"
-        needs(config, subject, "annealing.schedule", "constant", why=why)
+        needs(config, subject, "aggregation.kind", "product", "stack", why=why)
     why = "B and head of the client would be of one round, and A of another"
     needs(config, subject, "training.personal", "none", why=why)
     why = "a variate is the mean gradient of steps from one state"

@@ -1,7 +1,8 @@
 """Named methods: presets of the run file's orthogonal switches.
 
 A preset's `settings` define the method and win over the run file; its `defaults` apply where the run
-file is silent. No method has code of its own: the round loop reads nothing but the switches.
+file is silent, and go together: a file that names one of their kinds chooses all of them itself. No method
+has code of its own: the round loop reads nothing but the switches.
 """
 
 from __future__ import annotations
@@ -55,9 +56,15 @@ _ADAPTER = {"training.scope": "adapter", **_FIXED_RANK}
 _PRESETS = (
     Method(
         "sa-fedlora",
-        "Simulated annealing: LoRA with a falling rank, exact aggregation",
+        "Simulated annealing: LoRA with a falling rank",
         "arXiv 2405.09394 v1",
         settings={"training.scope": "adapter", **_PLAIN_CLIENTS},
+        # The best that docs/study.md found.
+        defaults={
+            "aggregation.kind": "factors",
+            "server_optimizer.kind": "momentum",
+            "server_optimizer.beta1": 0.5,
+        },
     ),
     Method("fedavg", "Federated averaging of the whole model", "arXiv 1602.05629", settings=_FULL),
     Method(
@@ -193,7 +200,8 @@ def apply_method(raw: Mapping[str, Any]) -> tuple[Table, tuple[str, ...]]:
     _check_proximal_term(method, raw)
     tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in raw.items()}
     silent = {key: value for key, value in method.defaults.items() if _get(raw, key) is _ABSENT}
-    for key, value in {**method.settings, **silent}.items():
+    chosen = any(key.endswith(".kind") for key in method.defaults.keys() - silent)
+    for key, value in {**method.settings, **({} if chosen else silent)}.items():
         _put(tables, key, value)
     return tables, tuple(
         key for key, value in method.settings.items() if _get(raw, key) not in (_ABSENT, value)

@@ -185,7 +185,8 @@ def _methods_part() -> str:
     head = ["| Method | What it is | Paper | Sets | Defaults to |", "|---|---|---|---|---|"]
     summary = (
         "`federation.method` names a preset. What it sets wins over the run file; what it defaults to "
-        "applies where the file is silent."
+        "applies where the file is silent, and goes together: a file that names one of its kinds chooses all "
+        'of it itself. `sa-fedlora` with `aggregation.kind = "product"` takes exact sums and no momentum.'
     )
     return "\n".join(
         ["## Methods", "", *textwrap.wrap(summary, 110), "", *head, *map(_method_row, METHODS.values()), ""]

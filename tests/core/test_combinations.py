@@ -400,7 +400,7 @@ NEAR_MISSES: list[tuple[Switches, Switches, str]] = [
     (
         LATE,
         kind("factors"),
-        'faults.late = "next-round" needs annealing.schedule = "constant" (a cut gives the mean factors',
+        'faults.late = "next-round" needs aggregation.kind = "product" or "stack" (a cut gives the mean',
     ),
     (LATE | FIXED | ONE_STAGE, PERSONAL, "B and head of the client would be of one round, and A of another"),
     (LATE | FIXED, SCAFFOLD, "a variate is the mean gradient of steps from one state"),

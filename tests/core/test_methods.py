@@ -26,7 +26,7 @@ def test_default_is_the_models_default() -> None:
 
 # What defines each method, read from its paper: scope, aggregation of an adapter, and what else it adds.
 DEFINED = {
-    "sa-fedlora": ("adapter", None, {}),
+    "sa-fedlora": ("adapter", None, {"server_optimizer.kind": "momentum"}),
     "fedavg": ("full", None, {}),
     "fedprox": ("full", None, {"training.mu": 0.01}),
     "scaffold": (
@@ -82,7 +82,7 @@ def test_a_minimal_file_is_enough(name: str) -> None:
     )
     assert {key: value_of(config, key) for key in PLAIN} == PLAIN | more
     is_annealed = name == "sa-fedlora"
-    assert config.aggregation.kind == "product" or not is_annealed
+    assert (config.aggregation.kind, config.server_optimizer.beta1) == ("factors", 0.5) or not is_annealed
     assert (config.initiating.rounds == 0, config.annealing.schedule == "constant") == (not is_annealed,) * 2
 
 
@@ -132,6 +132,24 @@ def test_defaults_apply_where_the_file_is_silent() -> None:
     assert apply_method(choose("scaffold"))[0]["training"]["full_learning_rate"] == 0.3
     tables, ignored = apply_method(choose("scaffold", training={"full_learning_rate": 0.5}))
     assert (tables["training"]["full_learning_rate"], ignored) == (0.5, ())
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({}, ("factors", "momentum", 0.5)),
+        ({"server_optimizer": {"beta1": 0.9}}, ("factors", "momentum", 0.9)),
+        ({"aggregation": {"weights": "equal"}}, ("factors", "momentum", 0.5)),
+        ({"aggregation": {"kind": "product"}}, ("product", "none", 0.9)),
+        ({"aggregation": {"kind": "factors"}}, ("factors", "none", 0.9)),
+        ({"server_optimizer": {"kind": "none"}}, ("product", "none", 0.9)),
+    ],
+)
+def test_defaults_go_together(table: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    tables, ignored = apply_method(choose("sa-fedlora", model={"name": "m"}, data={"source": "d"}, **table))
+    config = RunConfig.model_validate(tables)
+    keys = ("aggregation.kind", "server_optimizer.kind", "server_optimizer.beta1")
+    assert (tuple(value_of(config, key) for key in keys), ignored) == (expected, ())
 
 
 @pytest.mark.parametrize("mu", [0, 0.0, -0.0])

@@ -59,8 +59,8 @@ def resolve(run_file: Path, *overrides: str) -> ResolvedRun:
     [
         (
             [],
-            "A and B trained, rank 4 to 1 (linear, freeze), product aggregation, "
-            "initiating 1 round (adapter)",
+            "A and B trained, rank 4 to 1 (linear, freeze), factors aggregation, "
+            "initiating 1 round (adapter), momentum on the server",
         ),
         (["federation.method=fedavg"], "the whole model trained"),
         (["federation.method=scaffold"], "the whole model trained, equal weights, control variates"),

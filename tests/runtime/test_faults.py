@@ -213,8 +213,9 @@ class Hours:
 
 
 LATE = (FREE, "faults.round_deadline_s=1000", "faults.late=next-round", "training.local_steps=3")
+EXACT = ("aggregation.kind=product",)  # whose factors get a new basis in each round
 CARRYING = {
-    "sa-fedlora": (),
+    "sa-fedlora": EXACT,
     "fedavg": ("federation.method=fedavg",),
     "fedit": ("federation.method=fedit",),
     "flora": ("federation.method=flora",),
@@ -253,7 +254,7 @@ def test_a_late_client_goes_on_in_its_next_round(late_run, capsys, settings):
 
 def test_what_late_steps_are_worth_is_the_users_choice(late_run):
     settings = ((), ("faults.late=drop",), ("faults.late_exponent=0",))
-    losses = [late_run(*each).rounds["eval_loss"].tolist() for each in settings]
+    losses = [late_run(*EXACT, *each).rounds["eval_loss"].tolist() for each in settings]
     assert losses[0][:2] == losses[1][:2] == losses[2][:2]
     assert len({one[2] for one in losses}) == 3
 
@@ -262,13 +263,13 @@ def test_a_resumed_run_goes_on_with_its_late_clients(folder, tmp_path, monkeypat
     clock = Hours((2, 2), (3, 2))
     monkeypatch.setattr(worker, "time", clock)
     in_forward(clock.happen)
-    whole = run(folder, tmp_path / "whole", *LATE)
+    whole = run(folder, tmp_path / "whole", *LATE, *EXACT)
     column = whole.clients["outcome"][:, 2].tolist()
     assert column == ["used", "postponed", "used", "used"]  # two steps late, it owes one
     out, asked = tmp_path / "cut short", []
     with monkeypatch.context() as patch:
         patch.setattr(Interruption, "is_due", lambda self: asked.append(1) or len(asked) == 2)
-        assert launch.run(folder / "run.toml", LATE, out, False) == 85
+        assert launch.run(folder / "run.toml", (*LATE, *EXACT), out, False) == 85
     assert launch.run(None, (), out, False, resumes=True) == 0
     found = read_results(out / "results.h5")
     assert found.clients["outcome"].tolist() == whole.clients["outcome"].tolist()
@@ -301,12 +302,9 @@ def test_a_refused_switch_says_why(folder, tmp_path):
         (("federation.method=scaffold",), "a variate is the mean gradient of steps from one state"),
         (("federation.method=rolora",), "the next round trains the other factor"),
         (("federation.method=fedsa-lora",), "A of another"),
-        (("aggregation.robust=median",), "has no weights"),
-        (("initiating.scope=full",), "has no place in the other"),
-        (
-            ("federation.method=custom", "aggregation.kind=factors"),
-            "a cut gives the mean factors a new basis",
-        ),
+        ((*EXACT, "aggregation.robust=median"), "has no weights"),
+        ((*EXACT, "initiating.scope=full"), "has no place in the other"),
+        ((), "a cut gives the mean factors a new basis"),
         (("federation.method=hetlora",), "a norm as the weight"),
     ):
         with pytest.raises(ConfigError, match=why):

@@ -46,11 +46,18 @@ def switches_of(run_file, *overrides, num_workers=2):
     return build_switches(config_of(run_file, *overrides), SIZES, num_workers)
 
 
+EXACT = "aggregation.kind=product"
+
 # presets
 
 # What differs from the defaults of `Switches`, or from rank 4 to 1 over 4 rounds after 1 of initiating.
 PRESETS = {
-    "sa-fedlora": {"budgets": [4, 3, 2, 1], "stages": ["initiating"] + 3 * ["annealing"]},
+    "sa-fedlora": {
+        "budgets": [4, 3, 2, 1],
+        "stages": ["initiating"] + 3 * ["annealing"],
+        "aggregator": AGGREGATORS["factors"],
+        "optimizer": "momentum",
+    },
     "fedavg": {"scope": "full", "scopes": ["full"] * 4},
     "fedprox": {"scope": "full", "scopes": ["full"] * 4, "mu": 0.01},
     "scaffold": {
@@ -241,17 +248,18 @@ def test_measured_schedules_have_their_guidance(tiny_run_file):
     ],
 )
 def test_client_ranks_are_repeated_over_the_clients(tiny_run_file, setting, expected):
-    assert switches_of(tiny_run_file, setting).client_ranks == expected
+    assert switches_of(tiny_run_file, EXACT, setting).client_ranks == expected
 
 
 # aggregation
 
 
 def test_the_robust_mean_takes_the_place_of_the_mean(tiny_run_file):
-    median = switches_of(tiny_run_file, "aggregation.robust=median")
+    median = switches_of(tiny_run_file, EXACT, "aggregation.robust=median")
     assert median.combiner is coordinate_median
     # Of 5 sorted values, trimming two on each side leaves the middle one.
-    settings = ("aggregation.robust=trimmed-mean", "aggregation.num_byzantine=2", "federation.num_clients=5")
+    settings = (EXACT, "aggregation.robust=trimmed-mean", "aggregation.num_byzantine=2")
+    settings += ("federation.num_clients=5",)
     trimmed = switches_of(tiny_run_file, *settings)
     values = [torch.tensor([x]) for x in (9.0, -50.0, 3.0, 70.0, 4.0)]
     assert trimmed.combiner(values, [0.2] * 5, torch.empty(1)).tolist() == [4.0]
@@ -263,7 +271,7 @@ def test_as_many_must_be_left_as_the_run_asks_for(tiny_run_file):
     assert switches_of(tiny_run_file).screening.least == 1
     assert switches_of(tiny_run_file, "faults.min_clients=3").screening.least == 3
     robust = ["aggregation.robust=trimmed-mean", "aggregation.num_byzantine=1", "faults.min_clients=2"]
-    assert switches_of(tiny_run_file, *robust).screening.least == 3
+    assert switches_of(tiny_run_file, EXACT, *robust).screening.least == 3
 
 
 @pytest.mark.parametrize("kind", ["krum", "multi-krum"])
@@ -494,7 +502,7 @@ def test_auto_adds_up_on_the_way_what_would_take_more_than_half_of_the_memory(
 @pytest.mark.parametrize(
     "settings",
     [
-        [],  # a product of factors is no plain mean
+        [EXACT],  # a product of factors is no plain mean
         [FEDAVG, "aggregation.robust=median"],
         [FEDIT, "transport.uplink_dtype=bfloat16"],
         ["federation.method=scaffold"],

@@ -13,6 +13,7 @@ SETTINGS = [
     "federation.reproducible=false",
     f"faults.round_deadline_s={DEADLINE_S}",
     "faults.late=next-round",
+    "aggregation.kind=product",
     "training.local_steps=3",
 ]
 
