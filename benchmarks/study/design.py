@@ -236,7 +236,13 @@ SMALL_ANNEALED: Switches = {
 }
 SMALL: tuple[Arm, ...] = (
     Arm("small-fedavg", "FedAvg, whole model", {"federation.method": "fedavg"}, SMALL_RATES, FULL_KEY),
+    Arm("small-fedavgm", "FedAvgM, whole model: momentum on the server", {
+        **MOMENTUM, "federation.method": "fedavgm", "server_optimizer.learning_rate": 1.0,
+    }, SMALL_RATES, FULL_KEY),
     Arm("small-fedit-r8", "FedIT, rank 8", {**FEDIT, "lora.rank_max": 8}, SMALL_RATES),
+    Arm("small-fedit-r8-momentum", "FedIT, rank 8, momentum on the server", {
+        **FIXED, **MOMENTUM, "lora.rank_max": 8, "server_optimizer.learning_rate": 1.0,
+    }, SMALL_RATES),
     *(
         Arm(
             f"small-sa-{rounds}",
@@ -271,7 +277,7 @@ SMALL: tuple[Arm, ...] = (
         )
         for rounds in (1, 10)
     ),
-)
+)  # fmt: skip
 SMALL_SETTINGS = ("mnist", "instructions")
 
 # What each client reaches alone. No mean over clients takes the noise out of its steps: they must be shorter.
