@@ -62,6 +62,7 @@ SOME = [
     Case(robust="median"),
     replace(FULL, robust="trimmed-mean"),
     Case(probability=0.25, seed=1),
+    *OPTIMIZER_CASES[:5:2],
 ]
 DTYPES = [("bfloat16", "int8"), ("int8", "bfloat16"), ("float16", "float16"), ("float32", "int8")]
 ROUNDED = [
