@@ -175,14 +175,13 @@ def _findings(rows: Sequence[Row], svds: Sequence[SvdRow]) -> Iterator[str]:
     summed = [duration(find(near, method=method, collect="reduce").link_s) for method in METHODS]
     yield (
         '**At 100 Gbit/s** means may be added up on the way (`collect = "reduce"`, 4-byte only): '
-        f"{large} with {many:,} clients in {summed[0]} (FedAvg), {summed[1]} ({fixed_name}) and "
-        f'{summed[2]} (annealed). There an exact sum (`aggregation.kind = "product"`) can lose, which needs '
-        f"all updates at the server: {duration(find(near, method=ANNEALED, collect='gather').link_s)}."
+        f"{large} with {many:,} clients in {summed[0]} (FedAvg), {summed[1]} ({fixed_name}), {summed[2]} "
+        "(annealed). Exact sums (`product`) need all updates at the server: "
+        f"{duration(find(near, method=ANNEALED, collect='gather').link_s)}."
     )
     yield (
         f"**SVDs of exact sums** ({fixed_name}; annealed, mean round; its last, rank {svds[0].last_rank}) "
-        "take longer still. Means, which `sa-fedlora` takes by default, have none but a cut's. "
-        "`bench_aggregation.py` timed them on "
+        "take longer still; means, the default, have a cut's only. `bench_aggregation.py` on "
         f"{_machine('bench_aggregation')}; *: scaled from its sizes. Cores share them."
     )
 
