@@ -198,12 +198,12 @@ CORE: tuple[Arm, ...] = (
     Arm("sa-published", "SA-FedLoRA as published: a `full` round, then `drop`", {
         **ANNEALED, **_lora(16), **PUBLISHED, "annealing.cut": "drop",
     }),
-    Arm("sa-full", "SA-FedLoRA, a `full` round first, `freeze`", {
+    Arm("sa-full", "SA-FedLoRA, a `full` round, then `freeze`, exact sums", {
         **ANNEALED, **_lora(16), **PUBLISHED,
     }, follows="sa-adapter"),
-    Arm("sa-adapter", "SA-FedLoRA, adapter only", ANNEALED),
+    Arm("sa-adapter", "SA-FedLoRA, adapter only, exact sums", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
-    Arm("sa-exact-rated", "SA-FedLoRA, adapter only, rate follows the rank", EXACT_RATED),
+    Arm("sa-exact-rated", "SA-FedLoRA, adapter only, exact sums, rate follows the rank", EXACT_RATED),
     Arm("sa-rated", "SA-FedLoRA, adapter only, as by default: momentum, rate follows the rank", RATED),
     Arm("sa-late", "SA-FedLoRA, adapter only, rank 9 to 2 late, momentum on the server", LATE),
     Arm("sa-late-bfloat16", "the same, bfloat16 on the wire", {

@@ -326,7 +326,7 @@ def rebuilt(text: str, records: Records) -> str:
 
 def draw_curves(records: Records) -> Callable[[Figure], object]:
     """Return what draws accuracy against bytes, a panel for each data set."""
-    names = ("fedavg", "fedit-r8", "fedit-r8-momentum", "sa-late-full", "sa-late")
+    names = ("fedavg", "fedit-r8", "fedit-r2", "sa-late-full", "sa-rated")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(TUNED), squeeze=False)[0]

@@ -164,7 +164,7 @@ def _checkpointer(out: Path, config: RunConfig, replica: Replica, coordinator: C
 
 
 class _Saver:
-    """Writes, and tells a failure once instead of ending the run.
+    """Writes, and tells each failure once instead of ending the run.
 
     Args:
         callbacks: who is told.
@@ -173,7 +173,7 @@ class _Saver:
 
     def __init__(self, callbacks: Callbacks, hold: Callable[[], bool]) -> None:
         self.callbacks, self.hold = callbacks, hold
-        self.last_failure = ""
+        self.failures: set[str] = set()  # that were told
 
     def attempt(self, write: Callable[[], None]) -> bool:
         """Say whether it was written."""
@@ -185,9 +185,9 @@ class _Saver:
                 self.callbacks.on_warning(f"{lost} begin anew")
             write()
         except CheckpointError as error:
-            if str(error) != self.last_failure:
+            if str(error) not in self.failures:
                 self.callbacks.on_warning(str(error))
-            self.last_failure = str(error)
+            self.failures.add(str(error))
             return False
         return True
 

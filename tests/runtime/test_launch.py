@@ -613,8 +613,8 @@ def test_a_disk_that_fills_up_is_named_and_harms_nothing(folder, tmp_path):
 
     code, output = finish(start(folder, other, "federation.num_rounds=60", preexec_fn=limit))
     assert code == 1
-    assert "warning: results must be writable" in output
-    assert output.count("warning: results must be writable") == 1
+    for kind in ("results", "checkpoints"):  # with its moments, a checkpoint is too large as well
+        assert output.count(f"warning: {kind} must be writable") == 1
     results = read_results(other / "results.h5")
     assert 3 < len(results.rounds["round_num"]) < 60
     assert "round 60/60" in output
