@@ -76,6 +76,13 @@ def test_a_worker_with_a_gpu_trains_there():
     assert "gradients" not in estimate.worker.parts
 
 
+@pytest.mark.parametrize(("kind", "moments"), [("none", 0), ("momentum", 1), ("fedadam", 2), ("fedyogi", 2)])
+def test_the_server_holds_its_moments_before_and_after_a_round(kind, moments):
+    tables = {"aggregation": {"kind": "factors"}, "server_optimizer": {"kind": kind}}
+    server = parts(estimate_memory(config(**tables), MODEL, 3, on_gpu=False).server)
+    assert server.get("optimiser", 0) == 2 * moments * 4 * RANK_2
+
+
 def test_the_server_holds_whole_rows_or_parts_of_them():
     plain = parts(estimate_memory(config(), MODEL, 3, on_gpu=False).server)
     assert plain["updates of the cohort"] == 2 * 4 * 6 * RANK_2
