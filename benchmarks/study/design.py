@@ -183,7 +183,7 @@ CORE: tuple[Arm, ...] = (
     Arm("central-full", "all data in one place, whole model", {**FEDAVG, **CENTRAL}, **FULL),
     Arm("central-lora", "all data in one place, rank 16", {**FEDIT, **_lora(16), **CENTRAL}),
     Arm("fedavg", "FedAvg, whole model", FEDAVG, **FULL),
-    Arm("fedprox", "FedProx, whole model", FEDPROX, **FULL, follows="fedavg"),
+    Arm("fedprox", "FedProx, whole model", FEDPROX, **FULL),
     Arm("fedavgm", "FedAvgM, whole model: momentum on the server", {
         **FEDAVG, **MOMENTUM, "federation.method": "fedavgm", "server_optimizer.learning_rate": 1.0,
     }, **FULL),
@@ -200,7 +200,7 @@ CORE: tuple[Arm, ...] = (
     }),
     Arm("sa-full", "SA-FedLoRA, a `full` round, then `freeze`, exact sums", {
         **ANNEALED, **_lora(16), **PUBLISHED,
-    }, follows="sa-adapter"),
+    }),
     Arm("sa-adapter", "SA-FedLoRA, adapter only, exact sums", ANNEALED),
     Arm("sa-factors", "SA-FedLoRA, adapter only, A and B averaged apart", APART),
     Arm("sa-exact-rated", "SA-FedLoRA, adapter only, exact sums, rate follows the rank", EXACT_RATED),
@@ -460,7 +460,7 @@ ABLATIONS: tuple[Arm, ...] = tuple(
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *SMALL, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}
 FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the settings beside the core's
     ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
-    ("fedavg", "fedit-r8", "sa-adapter"),
+    ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
 )
 
 
