@@ -163,6 +163,14 @@ LATE: Switches = {
     "aggregation.kind": "factors",
     **MOMENTUM,
 }
+LATE_FULL: Switches = {
+    **LATE,
+    **PUBLISHED,
+    **_lora(20),
+    "lora.rank_min": 8,
+    "training.full_learning_rate": 6e-4,
+    "server_optimizer.learning_rate": 1.0,
+}
 EXACT_RATED: Switches = {**ANNEALED, "annealing.rate_exponent": 1.0}
 RATED: Switches = {**APART, **MOMENTUM, "server_optimizer.learning_rate": 1.0, "annealing.rate_exponent": 1.0}
 FIXED: Switches = {
@@ -213,10 +221,8 @@ CORE: tuple[Arm, ...] = (
         **LATE, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
         "training.full_learning_rate": 6e-4, "server_optimizer.learning_rate": 1.0,
     }),
-    Arm("sa-late-full", "SA-FedLoRA, a `full` round, then rank 20 to 8 late, momentum on the server", {
-        **LATE, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "training.full_learning_rate": 6e-4,
-        "server_optimizer.learning_rate": 1.0,
-    }),
+    Arm("sa-late-full", "SA-FedLoRA, a `full` round, then rank 20 to 8 late, momentum on the server",
+        LATE_FULL),
 )  # fmt: skip
 
 # What is run on small models of random weights.
@@ -399,13 +405,18 @@ TRIED: tuple[Arm, ...] = (
         **FULL_21,
     }, (2.5e-4,)),
     Arm("tried-full-steep", "a `full` round at 1.2e-3, rank 20 to 8 late, momentum 0.5, server's step 1", {
-        **LATE, **PUBLISHED, **_lora(20), "lora.rank_min": 8, "training.full_learning_rate": 1.2e-3,
-        "server_optimizer.learning_rate": 1.0,
+        **LATE_FULL, "training.full_learning_rate": 1.2e-3,
     }, (5e-4,)),
     Arm("tried-full-twice", "two `full` rounds, rank 8 to 4 late, momentum 0.5, server's step 1", {
         **LATE, **PUBLISHED, **_lora(8), "lora.rank_min": 4, "initiating.rounds": 2,
         "training.full_learning_rate": 6e-4, "server_optimizer.learning_rate": 1.0,
     }, (5e-4,)),
+    *(
+        Arm(f"tried-full-subspace-{scaling}",
+            f"a `full` round, rank 20 to 8 late, A starts in its update's directions, scaling {scaling}",
+            {**LATE_FULL, "lora.alpha": 20.0 * scaling}, (5e-4,), variant="update-subspace")
+        for scaling in (32, 8, 2)
+    ),
     Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
         "federation.method": "rolora", **_lora(16),
     }, (1e-3,)),

@@ -4,6 +4,8 @@
 
 - `balanced-split`: a cut gives A and B the square root of the singular values each, not A rows of one norm.
 - `cut-first`: every client's product is cut to the next round's rank before the sum, not the sum alone.
+- `update-subspace`: behind a `full` round A starts in the leading directions of that round's update, not at
+  random (LoRA-GA, arXiv 2407.05000, starts in those of a gradient). In one process only.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from mpifedlora.cli.main import entry
-from mpifedlora.core import aggregation
+from mpifedlora.core import aggregation, fresh
 from mpifedlora.core.aggregation import ModuleSum
 from mpifedlora.core.allocation import uniform
 from mpifedlora.core.combining import Combination
-from mpifedlora.core.layout import Factors
-from mpifedlora.core.lowrank import Svd, factors_of, svd_of_product
+from mpifedlora.core.layout import Factors, ModelShapes
+from mpifedlora.core.lowrank import INITIAL_ROW_NORM, Svd, factors_of, svd_of_matrix, svd_of_product
+from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import Contribution
+from mpifedlora.training import models
 
 
 def balanced(svd: Svd, first: int, last: int | None) -> Factors:
@@ -54,9 +58,49 @@ def _cut(part: Contribution, ranks: Sequence[int]) -> list[Factors]:
     return [one if one.lora_rank <= rank else factors_of(svd_of_product(one), 0, rank) for one, rank in pairs]
 
 
+def leading_rows(shapes: ModelShapes, before: Tensor, after: Tensor) -> list[Tensor]:
+    """Return the right singular vectors of each adapted weight's change, the largest first.
+
+    Args:
+        shapes: of the model.
+        before: (values of the body,) or more, float32; what lies behind the body is not read.
+        after: the same.
+    """
+    layout = shapes.base()
+    changes = layout.whole_tensors(after[: layout.num_values] - before[: layout.num_values])
+    by_name = {one.name: change for one, change in zip(layout.whole, changes, strict=True)}
+    return [svd_of_matrix(by_name[f"{module.name}.weight"]).vt for module in shapes.modules]
+
+
+def start_in_the_update() -> None:
+    """Let server and clients, which are one process here, start A in `leading_rows`."""
+    advance, drawn, rows = Coordinator._advance_full, fresh.initial_adapter, list[Tensor]()
+
+    def adapter(
+        shapes: ModelShapes, lora_ranks: Sequence[int], head: Tensor, seed: int, round_num: int = 1
+    ) -> Tensor:
+        flat = drawn(shapes, lora_ranks, head, seed, round_num)
+        for factors, row in zip(shapes.adapter(lora_ranks).factors(flat), rows, strict=True):
+            factors.a.copy_(row[: factors.lora_rank] * INITIAL_ROW_NORM)
+        return flat
+
+    def advance_full(self: Coordinator, values: Sequence[Tensor], weights: Sequence[float]) -> None:
+        before = self.state
+        advance(self, values, weights)
+        plan = self.next_plan
+        if plan.scope != "full":
+            rows[:] = leading_rows(self.shapes, before, plan.split(self.shapes, self.message).base)
+            head = plan.layout(self.shapes).whole_values(self.state).clone()
+            self.state.copy_(adapter(self.shapes, plan.lora_ranks, head, self.seed, plan.round_num))
+
+    Coordinator._advance_full = advance_full  # type: ignore[method-assign]
+    models.initial_adapter = adapter  # type: ignore[attr-defined]
+
+
 VARIANTS: Mapping[str, Callable[[], None]] = {
     "balanced-split": balance_the_split,
     "cut-first": cut_first,
+    "update-subspace": start_in_the_update,
 }
 
 

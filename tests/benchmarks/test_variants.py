@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from variants import _cut, balanced
+from variants import _cut, balanced, leading_rows
 
-from mpifedlora.core.layout import Factors
+from mpifedlora.core.layout import Factors, LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.lowrank import factors_of, svd_of_product
 from mpifedlora.core.screening import Contribution
 
@@ -31,3 +31,20 @@ def test_updates_above_the_rank_are_cut_and_others_stay_as_they_are() -> None:
     error = torch.linalg.norm(factors[0].b @ factors[0].a - strong.b @ strong.a)
     torch.testing.assert_close(error, s[3])
     assert small is factors[1]
+
+
+def test_leading_rows_are_those_of_the_change_of_each_adapted_weight() -> None:
+    modules = LinearShape("first", 4, 2), LinearShape("second", 2, 3)
+    body = (
+        TensorShape("first.weight", (4, 2)),
+        TensorShape("norm.weight", (3,)),
+        TensorShape("second.weight", (2, 3)),
+    )
+    shapes = ModelShapes(modules, head=(TensorShape("head", (5,)),), body=body)
+    before = torch.arange(17.0 + 5)
+    after = before.clone()
+    after[11:17] += torch.outer(torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0, 4.0])).flatten()
+    after[17:] = 99  # the head, which is not read
+    rows = leading_rows(shapes, before, after)
+    assert [len(one) for one in rows] == [2, 2]
+    torch.testing.assert_close(rows[1][0], torch.tensor([0.0, 0.6, 0.8]), rtol=0, atol=1e-6)
