@@ -64,6 +64,7 @@ SETTINGS: Mapping[str, Switches] = {
         "federation.num_clients": 64,
         "federation.cohort_size": 8,
     },
+    "20newsgroups-80-rounds": {"data.source": "20newsgroups", "federation.num_rounds": 80},
     "mnist": {  # from random weights, as the next: no trained ones come with a package
         **SMALL_TRAINING,
         "task.name": "image-classification",
@@ -417,6 +418,10 @@ TRIED: tuple[Arm, ...] = (
             {**LATE_FULL, "lora.alpha": 20.0 * scaling}, (5e-4,), variant="update-subspace")
         for scaling in (32, 8, 2)
     ),
+    *(
+        Arm(f"tried-fedavg-{name}", f"FedAvg, {about} not trained", FEDAVG, (6e-4,), FULL_KEY, variant=name)
+        for name, about in (("frozen-embeddings", "embeddings"), ("frozen-norms", "layer norms"))
+    ),
     Arm("tried-rolora", "RoLoRA, fixed rank 16: A and B in turn, the bytes of rank 8", {
         "federation.method": "rolora", **_lora(16),
     }, (1e-3,)),
@@ -469,10 +474,13 @@ ABLATIONS: tuple[Arm, ...] = tuple(
 )  # fmt: skip
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *SMALL, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}
-FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(  # what is run in the settings beside the core's
-    ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
-    ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
-)
+# What is run in the settings beside the core's.
+FACTORS: Mapping[str, tuple[str, ...]] = {
+    "20newsgroups-iid": ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
+    "20newsgroups-dirichlet-0.1": ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
+    "20newsgroups-64-clients": ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
+    "20newsgroups-80-rounds": ("fedavg", "fedit-r8", "sa-rated"),
+}
 
 
 def arms_of(setting: str) -> Iterable[Arm]:

@@ -6,14 +6,17 @@
 - `cut-first`: every client's product is cut to the next round's rank before the sum, not the sum alone.
 - `update-subspace`: behind a `full` round A starts in the leading directions of that round's update, not at
   random (LoRA-GA, arXiv 2407.05000, starts in those of a gradient). In one process only.
+- `frozen-embeddings`, `frozen-norms`: embeddings, or layer norms, get no gradient under the scope `full`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mpifedlora.cli.main import entry
 from mpifedlora.core import aggregation, fresh
@@ -25,6 +28,7 @@ from mpifedlora.core.lowrank import INITIAL_ROW_NORM, Svd, factors_of, svd_of_ma
 from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import Contribution
 from mpifedlora.training import models
+from mpifedlora.training.models import FederatedModel
 
 
 def balanced(svd: Svd, first: int, last: int | None) -> Factors:
@@ -97,10 +101,27 @@ def start_in_the_update() -> None:
     models.initial_adapter = adapter  # type: ignore[attr-defined]
 
 
+def freeze(kind: type[nn.Module]) -> None:
+    """Let modules of a kind have gradients of zero where the whole model is trained."""
+    enter = FederatedModel._enter
+
+    def enter_and_fix(self: FederatedModel, scope: str) -> None:
+        was_full = self._is_full
+        enter(self, scope)
+        if self._is_full and not was_full:
+            fixed = [module for module in self.peft_model.modules() if isinstance(module, kind)]
+            for parameter in (parameter for module in fixed for parameter in module.parameters()):
+                parameter.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+
+    FederatedModel._enter = enter_and_fix  # type: ignore[method-assign]
+
+
 VARIANTS: Mapping[str, Callable[[], None]] = {
     "balanced-split": balance_the_split,
     "cut-first": cut_first,
     "update-subspace": start_in_the_update,
+    "frozen-embeddings": partial(freeze, nn.Embedding),
+    "frozen-norms": partial(freeze, nn.LayerNorm),
 }
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
-from variants import _cut, balanced, leading_rows
+from support import build_model, make_batch, make_plan
+from torch import nn
+from torch.nn import functional
+from variants import _cut, balanced, freeze, leading_rows
 
 from mpifedlora.core.layout import Factors, LinearShape, ModelShapes, TensorShape
 from mpifedlora.core.lowrank import factors_of, svd_of_product
 from mpifedlora.core.screening import Contribution
+from mpifedlora.training.models import FederatedModel
 
 
 def product(rank: int, seed: int) -> Factors:
@@ -48,3 +55,27 @@ def test_leading_rows_are_those_of_the_change_of_each_adapted_weight() -> None:
     rows = leading_rows(shapes, before, after)
     assert [len(one) for one in rows] == [2, 2]
     torch.testing.assert_close(rows[1][0], torch.tensor([0.0, 0.6, 0.8]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(nn.Embedding, "_embeddings."), (nn.LayerNorm, ".LayerNorm.")])
+def test_what_is_frozen_has_gradients_of_zero_and_the_rest_its_own(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], name: str
+) -> None:
+    def gradients() -> dict[str, torch.Tensor]:
+        model = build_model(tiny_model_folder)
+        plan = make_plan(model, scope="full")
+        layout = plan.layout(model.shapes)
+        flat, grad = model.initial_state(plan), torch.zeros(layout.num_values)
+        model.bind(plan, flat, grad)
+        functional.cross_entropy(model(make_batch()), torch.tensor([0, 2, 1])).backward()
+        return dict(zip((one.name for one in layout.whole), layout.whole_tensors(grad), strict=True))
+
+    expected = gradients()
+    monkeypatch.setattr(FederatedModel, "_enter", FederatedModel._enter)
+    freeze(kind)
+    found = gradients()
+    frozen = {key for key in expected if name in key}
+    assert frozen
+    assert not any(found[key].any() for key in frozen)
+    assert any(expected[key].any() for key in frozen)
+    assert all(torch.equal(found[key], expected[key]) for key in expected.keys() - frozen)
