@@ -64,7 +64,10 @@ SETTINGS: Mapping[str, Switches] = {
         "federation.num_clients": 64,
         "federation.cohort_size": 8,
     },
-    "20newsgroups-80-rounds": {"data.source": "20newsgroups", "federation.num_rounds": 80},
+    **{
+        f"{name}-80-rounds": {"data.source": source, "federation.num_rounds": 80}
+        for name, source in TUNED.items()
+    },
     "mnist": {  # from random weights, as the next: no trained ones come with a package
         **SMALL_TRAINING,
         "task.name": "image-classification",
@@ -480,6 +483,7 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
     "20newsgroups-dirichlet-0.1": ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
     "20newsgroups-64-clients": ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
     "20newsgroups-80-rounds": ("fedavg", "fedit-r8", "sa-rated"),
+    "r52-80-rounds": ("fedavg", "fedit-r8", "sa-rated"),
 }
 
 
@@ -582,5 +586,8 @@ def ablations(rates: Rates) -> Iterator[Trial]:
 
 def source_of_rate(setting: str, arm: str) -> tuple[str, str]:
     """Return the setting and the arm whose tuning chooses the learning rate of an arm in a setting."""
-    alone = (client_setting(name, 0) for name in TUNED if setting.startswith(f"{name}-client-"))
-    return next(alone, setting if setting in TUNING_SETTINGS else FIRST), ARMS[arm].follows or arm
+    if setting in TUNING_SETTINGS:
+        return setting, ARMS[arm].follows or arm
+    tuned = next((name for name in TUNED if setting.startswith(name)), FIRST)
+    place = client_setting(tuned, 0) if setting.startswith(f"{tuned}-client-") else tuned
+    return place, ARMS[arm].follows or arm
