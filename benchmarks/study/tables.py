@@ -26,8 +26,10 @@ from design import (
     FACTORS,
     FIRST,
     LOCAL,
+    LONGER,
     SEARCH,
     SEEDS,
+    SETTINGS,
     SMALL,
     SMALL_SETTINGS,
     TRIED,
@@ -229,6 +231,8 @@ def factor_table(records: Records) -> list[str]:
     """Return FedAvg, fixed rank and SA-FedLoRA in the other settings, on the test part."""
     rows = []
     for setting, names in FACTORS.items():
+        if setting in LONGER:
+            continue
         found = cells(records, setting, [ARMS[name] for name in names], "test")
         reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
         for cell in found:
@@ -244,6 +248,33 @@ def factor_table(records: Records) -> list[str]:
                 )
             )
     return _table(("setting", "method", "accuracy", "minus FedAvg, by seed", "fewer bytes", "seeds"), rows)
+
+
+def longer_table(records: Records) -> list[str]:
+    """Return what some arms reach with twice the rounds, against FedAvg with the rounds of the core."""
+    rows = []
+    for longer, name in LONGER.items():
+        arms = [ARMS[arm] for arm in FACTORS[longer]]
+        reference = next(iter(cells(records, name, [ARMS["fedavg"]], "test")), None)
+        both = [
+            (setting, cell) for setting in (name, longer) for cell in cells(records, setting, arms, "test")
+        ]
+        for setting, cell in both if reference else ():
+            fewer = 100 * (1 - cell.mean("sent_bytes") / reference.mean("sent_bytes"))
+            rows.append((
+                TITLES[name],
+                cell.arm.about,
+                str({**COMMON, **SETTINGS[setting]}["federation.num_rounds"]),
+                _spread([run.accuracy for run in cell.runs.values()]),
+                _difference(cell, reference),
+                f"{cell.mean('sent_bytes') / 1e6:,.0f} MB",
+                f"{fewer:.2f} %" if fewer >= 0 else "-",
+                _seconds(cell),
+                f"{len(cell.runs)}",
+            ))  # fmt: skip
+    head = ("data", "method", "rounds", "accuracy", "minus FedAvg, by seed", "sent", "fewer bytes", "CPU s",
+            "seeds")  # fmt: skip
+    return _table(head, rows)
 
 
 def scale_section(records: Records) -> list[str]:
@@ -270,7 +301,7 @@ def _fewer(cell: Cell, unit: str) -> str:
 
 def _difference(cell: Cell, reference: Cell | None) -> str:
     """Return the mean of paired differences in points, and each of them."""
-    if reference is None or cell is reference:
+    if reference is None or cell.runs == reference.runs:
         return ""
     both = [seed for seed in cell.runs if seed in reference.runs]
     points = [100 * (cell.runs[seed].accuracy - reference.runs[seed].accuracy) for seed in both]
@@ -315,6 +346,7 @@ TABLES: Mapping[str, Callable[[Records], list[str]]] = {
     "tuning": tuning_table,
     "ablations": ablation_table,
     "factors": factor_table,
+    "longer": longer_table,
     "scale": scale_section,
 }
 
