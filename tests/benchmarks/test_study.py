@@ -133,6 +133,30 @@ def test_the_table_of_methods_by_hand(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_twice_the_rounds_are_held_against_fedavg_of_the_core(tmp_path: Path) -> None:
+    fedavg, ours = _middle(ARMS["fedavg"].rates), _middle(ARMS["sa-rated"].rates)
+    runs = [made("fedavg", seed, a, 100_000_000, fedavg) for seed, a in ((0, 0.70), (1, 0.74))]
+    longer = [made("fedavg", 0, 0.75, 200_000_000, fedavg), made("sa-rated", 0, 0.72, 4_000_000, ours)]
+    runs += [replace(run, setting="20newsgroups-80-rounds") for run in longer]
+    rows = [row.split(" | ")[2:] for row in tables.longer_table(added(tmp_path, *runs))[2:]]
+    assert rows == [
+        ["40", "0.720 ± 0.028", "", "100 MB", "0.00 %", "60", "2 |"],
+        ["80", "0.750", "+5.0 (+5.0)", "200 MB", "-", "60", "1 |"],
+        ["80", "0.720", "+2.0 (+2.0)", "4 MB", "96.00 %", "60", "1 |"],
+    ]
+
+
+def test_other_settings_take_over_the_learning_rate_of_their_data(tmp_path: Path) -> None:
+    runs = [
+        replace(made("fedavg", 0, accuracy, 8_000_000, rate, "validation"), setting=setting)
+        for setting, best in (("20newsgroups", 6e-4), ("r52", 3e-4))
+        for rate, accuracy in ((3e-4, 0.5 + (best == 3e-4)), (6e-4, 0.5 + (best == 6e-4)))
+    ]
+    rates = chosen_rates(added(tmp_path, *(replace(run, digest=digest_of(run.trial)) for run in runs)))
+    assert rates["20newsgroups-iid", "fedavg"] == rates["20newsgroups-80-rounds", "fedavg"] == 6e-4
+    assert rates["r52-80-rounds", "fedavg"] == 3e-4
+
+
 def _middle(rates: tuple[float, ...]) -> float:
     return rates[len(rates) // 2]
 
