@@ -8,7 +8,7 @@
 
 Each run is one process with one thread and its own run file, benchmarks/study/runs/SETTING/ARM.toml, which
 has the learning rate that the tuning chose. Results go to benchmarks/study/results; what they hold already
-is not run again. All of it takes some 25 hours of one core; `tables.py` makes tables and figures of
+is not run again. All of it takes some 32 hours of one core; `tables.py` makes tables and figures of
 whatever there is.
 """
 
