@@ -222,8 +222,7 @@ CORE: tuple[Arm, ...] = (
         **LATE, "transport.uplink_dtype": "bfloat16", "transport.downlink_dtype": "bfloat16",
     }, follows="sa-late"),
     Arm("sa-full-momentum", "SA-FedLoRA, a `full` round, then rank 24 to 12, momentum on the server", {
-        **LATE, **PUBLISHED, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
-        "training.full_learning_rate": 6e-4, "server_optimizer.learning_rate": 1.0,
+        **LATE_FULL, **_lora(24), "lora.rank_min": 12, "annealing.heating_rounds": 2,
     }),
     Arm("sa-late-full", "SA-FedLoRA, a `full` round, then rank 20 to 8 late, momentum on the server",
         LATE_FULL),
@@ -340,10 +339,7 @@ SERVER_STEPS: tuple[tuple[float, float, float], ...] = (  # momentum, step, lear
 )
 
 
-FULL_21: Switches = {
-    **LATE, **PUBLISHED, **_lora(21), "lora.rank_min": 14, "training.full_learning_rate": 6e-4,
-    "server_optimizer.learning_rate": 1.0,
-}  # fmt: skip
+FULL_21: Switches = {**LATE_FULL, **_lora(21), "lora.rank_min": 14}
 
 
 def _momentum(beta: float, step: float) -> Switches:
@@ -412,8 +408,7 @@ TRIED: tuple[Arm, ...] = (
         **LATE_FULL, "training.full_learning_rate": 1.2e-3,
     }, (5e-4,)),
     Arm("tried-full-twice", "two `full` rounds, rank 8 to 4 late, momentum 0.5, server's step 1", {
-        **LATE, **PUBLISHED, **_lora(8), "lora.rank_min": 4, "initiating.rounds": 2,
-        "training.full_learning_rate": 6e-4, "server_optimizer.learning_rate": 1.0,
+        **LATE_FULL, **_lora(8), "lora.rank_min": 4, "initiating.rounds": 2,
     }, (5e-4,)),
     *(
         Arm(f"tried-full-subspace-{scaling}",
@@ -477,14 +472,13 @@ ABLATIONS: tuple[Arm, ...] = tuple(
 )  # fmt: skip
 
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*CORE, *SMALL, *LOCAL, *SEARCH, *TRIED, *ABLATIONS)}
-# What is run in the settings beside the core's.
-FACTORS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
-        ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
-    ),
-    **dict.fromkeys(LONGER, ("fedavg", "fedit-r8", "sa-rated")),
-}
+# What is run in the settings beside the core's: in other federations, and with twice the rounds.
+FACTORS: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+    ("20newsgroups-iid", "20newsgroups-dirichlet-0.1", "20newsgroups-64-clients"),
+    ("fedavg", "fedit-r8", "sa-adapter", "sa-rated"),
+)
+LONGER_ARMS = ("fedavg", "fedit-r8", "sa-rated")
+BESIDE: Mapping[str, tuple[str, ...]] = {**FACTORS, **dict.fromkeys(LONGER, LONGER_ARMS)}
 
 
 def arms_of(setting: str) -> Iterable[Arm]:
@@ -493,7 +487,7 @@ def arms_of(setting: str) -> Iterable[Arm]:
         return (*CORE, *(SEARCH + TRIED + ABLATIONS if setting == FIRST else ()))
     if setting in SMALL_SETTINGS:
         return SMALL
-    return [ARMS[name] for name in FACTORS[setting]] if setting in FACTORS else LOCAL
+    return [ARMS[name] for name in BESIDE[setting]] if setting in BESIDE else LOCAL
 
 
 @dataclass(frozen=True)
@@ -566,7 +560,7 @@ def local(rates: Rates) -> Iterator[Trial]:
 def factors(rates: Rates) -> Iterator[Trial]:
     """Yield the runs in the other settings."""
     for seed in SEEDS:
-        for setting, arms in FACTORS.items():
+        for setting, arms in BESIDE.items():
             yield from (Trial(setting, arm, rates[setting, arm], seed, "test") for arm in arms)
 
 

@@ -27,6 +27,7 @@ from design import (
     FIRST,
     LOCAL,
     LONGER,
+    LONGER_ARMS,
     SEARCH,
     SEEDS,
     SETTINGS,
@@ -231,8 +232,6 @@ def factor_table(records: Records) -> list[str]:
     """Return FedAvg, fixed rank and SA-FedLoRA in the other settings, on the test part."""
     rows = []
     for setting, names in FACTORS.items():
-        if setting in LONGER:
-            continue
         found = cells(records, setting, [ARMS[name] for name in names], "test")
         reference = next((cell for cell in found if cell.arm.name == "fedavg"), None)
         for cell in found:
@@ -254,11 +253,10 @@ def longer_table(records: Records) -> list[str]:
     """Return what some arms reach with twice the rounds, against FedAvg with the rounds of the core."""
     rows = []
     for longer, name in LONGER.items():
-        arms = [ARMS[arm] for arm in FACTORS[longer]]
-        reference = next(iter(cells(records, name, [ARMS["fedavg"]], "test")), None)
-        both = [
-            (setting, cell) for setting in (name, longer) for cell in cells(records, setting, arms, "test")
-        ]
+        arms = [ARMS[arm] for arm in LONGER_ARMS]
+        shorter = [(name, cell) for cell in cells(records, name, arms, "test")]
+        reference = next((cell for _, cell in shorter if cell.arm.name == "fedavg"), None)
+        both = [*shorter, *((longer, cell) for cell in cells(records, longer, arms, "test"))]
         for setting, cell in both if reference else ():
             fewer = 100 * (1 - cell.mean("sent_bytes") / reference.mean("sent_bytes"))
             rows.append((
@@ -301,7 +299,7 @@ def _fewer(cell: Cell, unit: str) -> str:
 
 def _difference(cell: Cell, reference: Cell | None) -> str:
     """Return the mean of paired differences in points, and each of them."""
-    if reference is None or cell.runs == reference.runs:
+    if reference is None or cell is reference:
         return ""
     both = [seed for seed in cell.runs if seed in reference.runs]
     points = [100 * (cell.runs[seed].accuracy - reference.runs[seed].accuracy) for seed in both]
