@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.cases import SHAPES, Case
 from support import build_model, make_batch, make_plan
 from torch import nn
 from torch.nn import functional
-from variants import _cut, balanced, freeze, leading_rows
+from variants import _cut, balanced, freeze, leading_rows, start_in_the_update
 
 from mpifedlora.core.layout import Factors, LinearShape, ModelShapes, TensorShape
-from mpifedlora.core.lowrank import factors_of, svd_of_product
+from mpifedlora.core.lowrank import INITIAL_ROW_NORM, factors_of, svd_of_product
+from mpifedlora.core.rounds import Coordinator
 from mpifedlora.core.screening import Contribution
+from mpifedlora.core.wire import ClientUpdate
+from mpifedlora.training import models
 from mpifedlora.training.models import FederatedModel
 
 
@@ -55,6 +59,30 @@ def test_leading_rows_are_those_of_the_change_of_each_adapted_weight() -> None:
     rows = leading_rows(shapes, before, after)
     assert [len(one) for one in rows] == [2, 2]
     torch.testing.assert_close(rows[1][0], torch.tensor([0.0, 0.6, 0.8]), rtol=0, atol=1e-6)
+
+
+def test_behind_full_rounds_server_and_clients_start_in_the_last_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Coordinator, "_advance_full", Coordinator._advance_full)
+    monkeypatch.setattr(models, "initial_adapter", models.initial_adapter)
+    start_in_the_update()
+    coordinator = Case(initiating="full").coordinator()
+    generator = torch.Generator().manual_seed(0)
+    while coordinator.next_plan.scope == "full":
+        before = coordinator.state.clone()
+        after = before + torch.randn(before.shape, generator=generator)
+        coordinator.finish([ClientUpdate(0, 1, 1, 0.0, 0.0, 0.0, True, after)])
+    plan, state = coordinator.next_plan, coordinator.state
+    layout = plan.layout(SHAPES)
+    for factors, rows in zip(layout.factors(state), leading_rows(SHAPES, before, after), strict=True):
+        expected = rows[: factors.lora_rank] * INITIAL_ROW_NORM
+        torch.testing.assert_close(factors.a, expected, rtol=0, atol=1e-4)
+        assert not factors.b.any()
+    head = layout.whole_values(state)
+    assert torch.equal(head, after[len(after) - len(head) :])
+    mine = models.initial_adapter(SHAPES, plan.lora_ranks, head, coordinator.seed, plan.round_num)
+    assert torch.equal(mine, state)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(nn.Embedding, "_embeddings."), (nn.LayerNorm, ".LayerNorm.")])
